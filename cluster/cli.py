@@ -1,0 +1,93 @@
+"""The verbs of chartlm, and how their errors reach the user.
+
+The upper floors are known here as strings only, and nothing beyond the standard library is imported before a verb
+runs, so that help and a mistyped verb need no installation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import NoReturn
+
+from cluster.errors import ChartlmError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One line of help, and where the verb is implemented (None: in launch.sh itself)."""
+
+    usage: str
+    summary: str
+    module: str | None = None
+    function: str = "main"
+
+
+VERBS = {
+    "demo": Verb("demo [FOLDER] [key=value…]", "the whole story on a synthetic hospital, in minutes", "cluster.story"),
+    "hospital": Verb(
+        "hospital out=DIR patients=400", "write a synthetic hospital in MIMIC-III's format", "sharding.synthetic"
+    ),
+    "shard": Verb("shard RECIPE input=FILE", "notes → cleaned, tokenized Arrow shards", "sharding.job"),
+    "pretrain": Verb("pretrain RECIPE", "train a language model on shards; again = resume", "pretrain.train"),
+    "evaluate": Verb("evaluate RUN [split=test]", "perplexity, bits per byte, accuracy", "pretrain.evaluate"),
+    "generate": Verb('generate RUN prompt="blood loss"', "text from a trained model", "pretrain.generate"),
+    "finetune": Verb("finetune RECIPE [run=RUN]", "train and evaluate a clinical predictor", "downstream.finetune"),
+    "submit": Verb("submit VERB RECIPE cluster=URL", "run a verb as a job of a Ray cluster", "cluster.jobs", "submit"),
+    "status": Verb("status [JOB] cluster=URL", "the jobs of a cluster and where they stand", "cluster.jobs", "status"),
+    "logs": Verb("logs JOB cluster=URL", "what a job printed", "cluster.jobs", "logs"),
+    "stop": Verb("stop JOB cluster=URL", "end a job; submit it again to go on", "cluster.jobs", "stop"),
+    "test": Verb("test [pytest arguments]", "lint, unit and integration tests"),
+    "lint": Verb("lint", "ruff, mypy, shellcheck"),
+}
+
+
+def help_text() -> str:
+    """The verbs, one line each."""
+    width = max(len(verb.usage) for verb in VERBS.values())
+    lines = [f"  ./launch.sh {verb.usage:<{width}}  {verb.summary}" for verb in VERBS.values()]
+    return "\n".join(["chartlm: language models from clinical notes", "", *lines])
+
+
+def run_verb(name: str, args: list[str]) -> None:
+    """Runs a verb. A user's mistake ends the process with one line on stderr and a code that is not 0."""
+    verb = VERBS.get(name)
+    if verb is None or verb.module is None:
+        close = difflib.get_close_matches(name, VERBS, 1, 0.5)
+        advice = f"the nearest is {close[0]!r}" if close else f"the verbs are {', '.join(VERBS)}"
+        _fail(f"no verb {name!r}; {advice}", 2)
+    # Threads that spin while they wait make a step a hundred times slower (measured) when another process has the core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        getattr(importlib.import_module(verb.module), verb.function)(args)
+    except ChartlmError as exc:
+        _fail(str(exc), exc.exit_code)
+    except KeyboardInterrupt:
+        _fail(f"{name}: interrupted; the same command goes on from where it stands", 130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"{exc.filename or name}: no space left; free some and run the same command again", 2)
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    sys.stderr.write(f"chartlm: {' '.join(line.split())}\n")
+    sys.exit(code)
+
+
+def main() -> None:
+    """`python -m cluster.cli VERB …`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("help", "-h", "--help"):
+        sys.stdout.write(help_text() + "\n")
+        return
+    run_verb(sys.argv[1], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a person sees on the terminal: lines, tables, and progress with rate and time left.
+
+No note text goes through here: identifiers and counts only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+PLAIN_EVERY_SECONDS = 10.0
+
+Advance = Callable[[float, str], None]
+
+
+def say(line: str) -> None:
+    """Prints one line, as it is."""
+    console.print(escape(line))
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; every column after the first is aligned to the right."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for index, heading in enumerate(headings):
+        drawn.add_column(heading, justify="left" if index == 0 else "right")
+    for row in rows:
+        drawn.add_row(*(escape(cell) for cell in row))
+    console.print(drawn)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: float) -> Iterator[Advance]:
+    """Shows how far long work has come. The caller calls `advance(done, note)` with the amount done so far
+    (of `total`) and a few words (a rate, a loss). On a terminal it is a bar; in a log file a line now and then.
+    """
+    if console.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        ) as bar:
+            task = bar.add_task(label, total=total, note="")
+
+            def move(done: float, note: str = "") -> None:
+                bar.update(task, completed=done, note=note)
+
+            yield move
+        return
+    started = spoken = time.monotonic()
+    first: tuple[float, float] | None = None  # when work was first seen, and how much was done by then
+
+    def advance(done: float, note: str = "") -> None:
+        nonlocal spoken, first
+        now = time.monotonic()
+        first = first or (now, done)
+        if now - spoken >= PLAIN_EVERY_SECONDS and done > first[1]:
+            spoken = now
+            left = (now - first[0]) * (total - done) / (done - first[1])
+            say(f"{label}: {100 * done / total:.0f}% {note}, {left:.0f} s left")
+
+    yield advance
+    say(f"{label}: done in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,136 @@
+"""Ray: tasks, training workers and jobs. The only file that imports ray.
+
+`map_tasks` is for sharding (many small pure tasks, bounded in flight, retried when a worker dies). `train_workers`
+is for pretraining (a fixed group under Ray Train, restarted as a whole when one of them dies). Jobs are submitted
+through the Ray Jobs API. Facts about Ray 2.60 that shaped this file stand at the lines they concern.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A controller that polls every 2 s (the default) notices a dead worker late.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+
+from cluster.errors import ChartlmError, StorageError, TrainingError
+
+ResultT = TypeVar("ResultT")
+
+
+def start(workers: int = 0) -> None:
+    """Joins the cluster that RAY_ADDRESS names, else starts one on this machine with room for `workers`."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    else:
+        cpus = max(os.cpu_count() or 1, workers)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+def stop() -> None:
+    """Leaves the cluster; a local one ends with it."""
+    ray.shutdown()
+
+
+def cpus() -> int:
+    """Number of CPUs of the cluster that was joined."""
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def map_tasks(
+    task: Callable[..., ResultT], items: Iterable[tuple[Any, ...]], *, in_flight: int, retries: int = 3
+) -> Iterator[tuple[int, ResultT]]:
+    """Runs `task(*item)` for every item as Ray tasks of one CPU; yields (index of the item, result) as they end.
+
+    Items are taken lazily, at most `in_flight` at a time, so a stream larger than memory may be given. A task whose
+    worker process dies is run again up to `retries` times: tasks must be pure or write atomically. An error of the
+    user's making (ChartlmError) raised inside a task comes out as itself; what still runs is cancelled.
+    """
+    remote = ray.remote(num_cpus=1, max_retries=retries)(task)
+    running: dict[Any, int] = {}
+    try:
+        for index, item in enumerate(items):
+            if len(running) >= in_flight:
+                yield from _finished(running)
+            running[remote.remote(*item)] = index
+        while running:
+            yield from _finished(running)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _finished(running: dict[Any, int]) -> Iterator[tuple[int, Any]]:
+    done, _ = ray.wait(list(running), num_returns=1)
+    for reference in done:
+        index = running.pop(reference)
+        try:
+            yield index, ray.get(reference)
+        except ray.exceptions.RayTaskError as exc:
+            raise _own_error(exc.cause, exc) from exc
+
+
+def _own_error(cause: BaseException | None, otherwise: BaseException) -> BaseException:
+    """The one-line error hidden in Ray's wrapping, else the wrapping itself with its traceback."""
+    if isinstance(cause, ChartlmError):
+        # A fresh object of the same class: Ray's copy carries the remote traceback in its text.
+        return type(cause)(*cause.args)
+    if isinstance(cause, OSError):
+        return StorageError(f"{cause.filename or 'storage'}: {cause.strerror or cause}")
+    return otherwise
+
+
+def train_workers(
+    entry: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    workers: int,
+    gpus_per_worker: int,
+    max_failures: int,
+    name: str,
+    timeout_seconds: int,
+) -> None:
+    """Runs `entry(config)` on `workers` processes under Ray Train until all return.
+
+    Ray sets RANK, WORLD_SIZE, MASTER_ADDR and the process group. When a process dies the whole group is started
+    again, `max_failures` times at most. Nothing is reported to Ray: a restarted worker finds its place in the run
+    directory (and each report() would cost up to 2 s). Raises TrainingError when the failures are used up.
+    """
+    trainer = ray.train.torch.TorchTrainer(
+        entry,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker={"GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1},
+        ),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if gpus_per_worker else "gloo", timeout_s=timeout_seconds
+        ),
+        run_config=ray.train.RunConfig(name=name, failure_config=ray.train.FailureConfig(max_failures=max_failures)),
+    )
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as exc:
+        causes = [getattr(failure, "cause", failure) for failure in exc.worker_failures.values()]
+        own = next((cause for cause in causes if isinstance(cause, ChartlmError)), None)
+        if own is not None:
+            raise type(own)(*own.args) from exc
+        raise TrainingError(
+            f"{name}: {len(causes)} of {workers} training workers died and max_failures={max_failures} restarts are "
+            f"used up; the same command goes on from the last checkpoint. First cause: {_first_line(causes[0])}"
+        ) from exc
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,194 @@
+"""`./launch.sh finetune RECIPE`: a pretrained run and a labelled task become a classifier and its honest score.
+
+    task ─► cohort ─► splits by patient ─┬─► TF-IDF + logistic regression (the bar)
+    run ──► language model ──────────────┴─► stages, several seeds averaged ─► test, once ─► OUT
+
+Patients are split by the function and salt of the language model's corpus, so no patient of the test set was ever read
+by the language model. Everything is chosen on validation; the test notes are scored once, at the end. OUT holds
+
+    recipe.toml      the resolved recipe
+    run.json         what the folder belongs to: recipe, checkpoint
+    predictions.csv  the test set: ids, label, probability by the model and by the baseline; no text
+    roc.png          the ROC curves (two classes)
+    metrics.json     every number of the table; written last: where it is, the work is done
+
+The classes are balanced in training, so probabilities are as if all classes were equally common: they rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from cluster import config, logs, storage
+from cluster.config import Section
+from cluster.errors import ConfigError, DataError
+from downstream import report
+from downstream.baseline import labels_of, tfidf_regression
+from downstream.classifier import HeadConfig, NoteClassifier, Notes
+from downstream.metrics import Floats
+from downstream.tasks import Task
+from downstream.tasks.examples import Cohort, Example
+from downstream.unfreezing import Epoch, Labelled, StagesConfig, fine_tune, pooled_states, probabilities
+from pretrain.run import Trained, load_trained
+from sharding.splits import SplitConfig, split_of
+
+SPLITS = ("train", "valid", "test")
+
+
+class FinetuneRecipe(Section):
+    """Which run, which task, and how to learn it."""
+
+    run: str = Field(description="run directory of the pretrained language model")
+    out: str | None = Field(None, description="where the results go; RUN/finetune/TASK if not given")
+    task: Task = Field(discriminator="name")
+    seeds: tuple[int, ...] = Field(
+        (1, 2, 3), min_length=1, description="one classifier each; their mean predicts"
+    )
+    max_tokens: int = Field(4096, ge=1, description="of longer notes only the last tokens are read")
+    head: HeadConfig = HeadConfig()
+    stages: StagesConfig = StagesConfig()
+    bootstrap_draws: int = Field(1000, ge=1)
+
+
+def main(args: list[str]) -> None:
+    """The verb."""
+    recipe = config.load(FinetuneRecipe, args)
+    trained = load_trained(recipe.run)
+    out = recipe.out or storage.join(recipe.run, "finetune", recipe.task.name)
+    if not enter(out, recipe, trained):
+        logs.say(f"{out}: finished before with this recipe and checkpoint; nothing left to do")
+        return
+    cohort = recipe.task.cohort(trained.clean)
+    splits = split(cohort, trained.splits)
+    check(splits, cohort.classes)
+    report.show_splits(splits, cohort.classes)
+    baseline = tfidf_regression(splits)
+    probabilities_NK, histories = predict(recipe, trained, splits, len(cohort.classes))
+    facts = {
+        "task": recipe.task.name,
+        "step": trained.step,
+        "corpus": trained.corpus_fingerprint,
+        "baseline_strength": baseline.strength,
+        "epochs": [[one._asdict() for one in history] for history in histories],
+    }
+    systems = {"model": probabilities_NK, "baseline": baseline.probabilities["test"]}
+    report.write(out, facts, cohort.classes, splits, systems, recipe.bootstrap_draws)
+
+
+def enter(out: str, recipe: FinetuneRecipe, trained: Trained) -> bool:
+    """Begins the output folder, or goes back to it; False where it is finished.
+
+    Raises ConfigError where the folder belongs to another recipe or checkpoint.
+    """
+    settings = {key: value for key, value in config.dump(recipe).items() if key not in ("run", "out")}
+    identity = {
+        "recipe": settings,
+        "checkpoint": {"step": trained.step, "corpus": trained.corpus_fingerprint},
+    }
+    place = storage.join(out, "run.json")
+    if storage.exists(place):
+        changed = config.differences(storage.read_json(place), identity)
+        if changed:
+            raise ConfigError(
+                f"{out}: belongs to other settings ({'; '.join(changed[:3])}); choose another out= or remove it"
+            )
+        return not storage.exists(storage.join(out, "metrics.json"))
+    if storage.names(out):
+        raise ConfigError(f"{out}: is not empty and was not made by finetune; choose another out=")
+    storage.write_bytes(storage.join(out, "recipe.toml"), config.to_toml(recipe))
+    storage.write_json(place, identity)
+    return True
+
+
+def split(cohort: Cohort, splits: SplitConfig) -> dict[str, list[Example]]:
+    """The examples by split, in the cohort's order."""
+    found: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    for example in cohort.examples:
+        found[split_of(example.patient_id, splits)].append(example)
+    return found
+
+
+def check(splits: Mapping[str, Sequence[Example]], classes: Sequence[str]) -> None:
+    """Raises DataError for splits that share a patient, or that cannot be learned from or scored."""
+    seen: dict[str, str] = {}
+    for name, examples in splits.items():
+        for patient in {example.patient_id for example in examples}:
+            if patient in seen:
+                raise DataError(
+                    f"patient {patient} is in {seen[patient]} and in {name}; splits must not share patients"
+                )
+            seen[patient] = name
+        present = {example.label for example in examples}
+        for label, wanted in enumerate(classes):
+            # Of many classes a small validation or test set may lack one; it cannot do with fewer than two.
+            if label not in present and (name == "train" or len(present) < 2):
+                raise DataError(
+                    f"no {name} note has the class {wanted!r} ({len(examples)} notes in all);"
+                    " more patients or a larger share of [splits] in the shard recipe are needed"
+                )
+
+
+def predict(
+    recipe: FinetuneRecipe, trained: Trained, splits: Mapping[str, Sequence[Example]], classes: int
+) -> tuple[Floats, list[list[Epoch]]]:
+    """Probabilities [N, K] of the test notes, the mean over seeds, and what every epoch of every seed came to."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained.model.to(device)
+    notes = {name: encode(trained, examples, recipe.max_tokens) for name, examples in splits.items()}
+    tokens = {name: sum(len(note) for note in notes[name]) for name in notes}
+    epochs = recipe.stages.epochs_top + recipe.stages.epochs_all
+    once = tokens["train"] + tokens["valid"]
+    done, said = 0, ""
+    with logs.progress("fine-tuning", once + len(recipe.seeds) * (epochs * once + tokens["test"])) as show:
+
+        def advance(read_tokens: int, note: str = "") -> None:
+            nonlocal done, said
+            done, said = done + read_tokens, note or said
+            show(done, said)
+
+        reader = build(trained, classes, recipe.head, recipe.seeds[0])
+        train, valid = (
+            Labelled(
+                notes[name],
+                labels_of(splits[name]),
+                pooled_states(reader, notes[name], recipe.stages.batch, advance),
+            )
+            for name in ("train", "valid")
+        )
+        histories, drawn = [], []
+        for seed in recipe.seeds:
+            classifier = build(trained, classes, recipe.head, seed)
+            histories.append(fine_tune(classifier, train, valid, recipe.stages, seed, advance))
+            pooled_NP = pooled_states(classifier, notes["test"], recipe.stages.batch, advance)
+            drawn.append(probabilities(classifier, pooled_NP))
+    for seed, history in zip(recipe.seeds, histories, strict=True):
+        best = max(history, key=lambda one: one.validation)
+        logs.say(
+            f"seed {seed}: best on validation after epoch {best.epoch + 1} of stage {best.stage}: {best.validation:.3f}"
+        )
+    return np.mean(drawn, axis=0), histories
+
+
+def encode(trained: Trained, examples: Sequence[Example], max_tokens: int) -> Notes:
+    """Token ids of the notes; of a longer one the last `max_tokens` (a summary ends with condition and plan)."""
+    notes = trained.tokenizer.encode([example.text for example in examples])
+    longer = sum(len(note) > max_tokens for note in notes)
+    if longer:
+        logs.say(
+            f"{longer:,} of {len(notes):,} notes have more than max_tokens={max_tokens:,}; their last ones are read"
+        )
+    return [note[-max_tokens:] for note in notes]
+
+
+def build(trained: Trained, classes: int, head: HeadConfig, seed: int) -> NoteClassifier:
+    """A classifier on its own copy of the language model; the head's first weights derive from the seed."""
+    encoder = copy.deepcopy(trained.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = NoteClassifier(encoder, classes, head)
+    return classifier.to(next(encoder.parameters()).device)

@@ -1,0 +1,126 @@
+"""What fine-tuning shows and leaves behind: tables, predictions.csv, roc.png, and metrics.json last."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster import logs, storage
+from downstream.baseline import labels_of
+from downstream.metrics import Floats, Interval, evaluate, roc
+from downstream.tasks.examples import Example
+
+SEED = 20180118  # of the bootstrap draws; the same for every run, so that two runs on one test set are comparable
+NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
+
+Splits = Mapping[str, Sequence[Example]]
+
+
+def show_splits(splits: Splits, classes: Sequence[str]) -> None:
+    """Prints how many notes, patients and members of each class every split has."""
+    shown = [1] if len(classes) == 2 else range(len(classes))
+    headings = ["split", "notes", "patients", *(classes[k] for k in shown)]
+    rows = []
+    for name, examples in splits.items():
+        patients = len({example.patient_id for example in examples})
+        counts = np.bincount(labels_of(examples), minlength=len(classes))
+        shares = [f"{counts[k]:,} ({counts[k] / len(examples):.0%})" for k in shown]
+        rows.append([name, f"{len(examples):,}", f"{patients:,}", *shares])
+    logs.table("splits by patient", headings, rows)
+
+
+def write(
+    out: str,
+    facts: Mapping[str, Any],
+    classes: Sequence[str],
+    splits: Splits,
+    systems: Mapping[str, Floats],
+    draws: int,
+) -> None:
+    """Scores the test predictions (`systems`: probabilities [N, K], the model first), prints and writes them.
+
+    `facts` go into metrics.json as they are.
+    """
+    test = splits["test"]
+    labels_N = labels_of(test)
+    if len(classes) > 2:
+        common = int(np.bincount(labels_of(splits["train"])).argmax())
+        systems = {**systems, "majority": np.eye(len(classes))[np.full(len(test), common)]}
+    scores = evaluate(labels_N, systems, [example.patient_id for example in test], draws, SEED)
+    metrics = list(scores["model"])
+    rows = [[system, *(str(values[name]) for name in metrics)] for system, values in scores.items()]
+    if len(classes) == 2:
+        rows.append(["chance", "0.500", f"{labels_N.mean():.3f}"])
+    logs.table(
+        f"test: {len(test):,} notes; 95% intervals over {draws:,} draws of patients",
+        ["", *(NAMES[name] for name in metrics)],
+        rows,
+    )
+    counts: dict[str, Any] = {f"n_{name}": len(examples) for name, examples in splits.items()}
+    counts |= {f"patients_{name}": len({e.patient_id for e in examples}) for name, examples in splits.items()}
+    if len(classes) == 2:
+        counts["positives"] = int(labels_N.sum())
+        storage.write_bytes(storage.join(out, "roc.png"), _roc_png(labels_N, systems, scores))
+    storage.write_bytes(storage.join(out, "predictions.csv"), _predictions(test, classes, systems))
+    numbers = {
+        key: value for system, values in scores.items() for key, value in _flat(system, values).items()
+    }
+    storage.write_json(
+        storage.join(out, "metrics.json"), {**facts, "classes": list(classes), **counts, **numbers}
+    )
+    logs.say(f"results in {out}")
+
+
+def _flat(system: str, values: Mapping[str, Interval]) -> dict[str, float | None]:
+    """`auroc`, `auroc_low`, `auroc_high` of the model, `baseline_auroc` …, `difference_auroc` (model - baseline) …"""
+    prefix = {"model": "", "model - baseline": "difference_", "model - majority": "difference_majority_"}
+    flat: dict[str, float | None] = {}
+    for name, interval in values.items():
+        for end, number in zip(("", "_low", "_high"), interval, strict=True):
+            # JSON has no NaN: an interval without a single usable draw has no ends.
+            flat[f"{prefix.get(system, f'{system}_')}{name}{end}"] = None if math.isnan(number) else number
+    return flat
+
+
+def _predictions(test: Sequence[Example], classes: Sequence[str], systems: Mapping[str, Floats]) -> bytes:
+    """CSV: ids, the label, and of each system the class it says and its probability (of the positive class of two)."""
+    binary = len(classes) == 2
+    named = {system: p_NK for system, p_NK in systems.items() if system != "majority"}
+    columns = [
+        column for system in named for column in ([] if binary else [system]) + [f"{system}_probability"]
+    ]
+    written = io.StringIO()
+    table = csv.writer(written, lineterminator="\n")
+    table.writerow(["example_id", "patient_id", "label", *columns])
+    for n, example in enumerate(test):
+        said: list[str] = []
+        for p_NK in named.values():
+            said += [f"{p_NK[n, 1]:.6f}"] if binary else [classes[p_NK[n].argmax()], f"{p_NK[n].max():.6f}"]
+        label = str(example.label) if binary else classes[example.label]
+        table.writerow([example.example_id, example.patient_id, label, *said])
+    return written.getvalue().encode()
+
+
+def _roc_png(
+    labels_N: Any, systems: Mapping[str, Floats], scores: Mapping[str, Mapping[str, Interval]]
+) -> bytes:
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(
+        figsize=(4.5, 4.5), layout="constrained"
+    )  # no pyplot: it needs no display and keeps no state
+    axes = figure.subplots()
+    for system, p_NK in systems.items():
+        false_N, true_N = roc(labels_N, p_NK[:, 1], np.ones(len(labels_N)))
+        axes.plot(false_N, true_N, label=f"{system}, AUROC {scores[system]['auroc']}")
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="lower right", fontsize=8)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    return drawn.getvalue()

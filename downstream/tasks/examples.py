@@ -1,0 +1,41 @@
+"""What a task hands on: labelled notes, and the cohort counts that say where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cluster import logs
+
+
+class Example(NamedTuple):
+    """One labelled note. `label` indexes the classes of its cohort; `patient_id` decides its split."""
+
+    example_id: str
+    patient_id: str
+    text: str
+    label: int
+
+
+class Cohort(NamedTuple):
+    """The examples of a task in a deterministic order. Of two classes, the second is the positive one."""
+
+    examples: list[Example]
+    classes: tuple[str, ...]
+
+
+class Filter(NamedTuple):
+    """One row of the cohort table: what was filtered, how many fell out, and what is left."""
+
+    name: str
+    dropped: int
+    left: int
+    patients: int
+
+
+def show_filters(title: str, unit: str, filters: Sequence[Filter]) -> None:
+    """Prints the cohort table: the reader can see which filter took how many."""
+    rows = [
+        (f.name, f"{f.dropped:,}" if f.dropped else "", f"{f.left:,}", f"{f.patients:,}") for f in filters
+    ]
+    logs.table(title, ["filter", "dropped", f"{unit} left", "patients left"], rows)

@@ -1,0 +1,147 @@
+"""AWD-LSTM (Merity, Keskar, Socher 2017, arXiv:1708.02182): a stack of LSTMs with every dropout of the paper.
+
+B lanes, T positions, E embedding width, H hidden width, V vocabulary.
+
+    tokens_BT → embedding (row dropout) → input dropout → LSTM (weight drop) → hidden dropout → … → LSTM → output_BTE
+    logits_BTV = output_BTE · embeddingᵀ + bias           (tied weights, §4.5)
+
+The recurrent state goes in and comes out as the carry; nothing hides on the module. Weight drop is a masked copy of
+`weight_hh` handed to the fused kernel within the forward of the module that owns the parameter: no renamed
+parameters, no decay in place, and it works where ZeRO-3 partitions the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cluster.config import Section
+from pretrain.models.dropout import Masks
+
+Carry = dict[str, Tensor]
+
+
+class AwdLstmConfig(Section):
+    """Sizes and dropouts; the defaults are fastai's for language models (drop_mult 1), at a CPU's size."""
+
+    name: Literal["awd-lstm"] = "awd-lstm"
+    embedding: int = Field(128, ge=1, description="width E of the embedding and of the last LSTM layer")
+    hidden: int = Field(256, ge=1, description="width H of the other LSTM layers")
+    layers: int = Field(3, ge=1)
+    drop_embedding: float = Field(0.02, ge=0, lt=1, description="whole words (rows of the embedding)")
+    drop_input: float = Field(0.25, ge=0, lt=1)
+    drop_hidden: float = Field(0.15, ge=0, lt=1, description="between layers")
+    drop_output: float = Field(0.1, ge=0, lt=1)
+    drop_weight: float = Field(0.2, ge=0, lt=1, description="recurrent weights (DropConnect)")
+    alpha: float = Field(2.0, ge=0, description="activation regularization, on the dropped output")
+    beta: float = Field(1.0, ge=0, description="temporal activation regularization, on the undropped output")
+
+
+class Hidden(NamedTuple):
+    """What the top layer says: after output dropout (for the softmax) and before it (for TAR, pooling)."""
+
+    output_BTE: Tensor
+    raw_BTE: Tensor
+
+
+class LstmLayer(nn.Module):
+    """One LSTM layer with weight drop. State `h`, `c` [B, H]."""
+
+    def __init__(self, input_width: int, width: int):
+        super().__init__()
+        self.width = width
+        bound = 1 / math.sqrt(width)
+        self.weight_ih = nn.Parameter(torch.empty(4 * width, input_width).uniform_(-bound, bound))
+        self.weight_hh = nn.Parameter(torch.empty(4 * width, width).uniform_(-bound, bound))
+        self.bias_ih = nn.Parameter(torch.zeros(4 * width))
+        self.bias_hh = nn.Parameter(torch.zeros(4 * width))
+
+    def forward(
+        self, input_BTD: Tensor, h_BH: Tensor, c_BH: Tensor, weight_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(output [B, T, H], h [B, H], c [B, H]); `weight_mask` [4H, H] scales the recurrent weights (§2)."""
+        weight_hh = self.weight_hh if weight_mask is None else self.weight_hh * weight_mask
+        weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
+        state = (h_BH.unsqueeze(0), c_BH.unsqueeze(0))
+        # biases, one layer, no dropout inside, training mode, one direction, batch first
+        output_BTH, h, c = torch.lstm(input_BTD, state, weights, True, 1, 0.0, self.training, False, True)
+        return output_BTH, h.squeeze(0), c.squeeze(0)
+
+
+class AwdLstm(nn.Module):
+    """The language model. Carry: `h0`, `c0`, `h1`, … each [lanes, width of the layer]."""
+
+    Config = AwdLstmConfig
+
+    def __init__(self, config: AwdLstmConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.width = config.embedding
+        self.embedding = nn.Embedding(vocab_size, config.embedding)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        # Tied weights: the last layer is as wide as the embedding.
+        widths = [config.embedding] + [config.hidden] * (config.layers - 1) + [config.embedding]
+        layers = [LstmLayer(a, b) for a, b in pairwise(widths)]
+        self.layers = cast(Sequence[LstmLayer], nn.ModuleList(layers))
+
+    def initial_carry(self, lanes: int) -> Carry:
+        """Zeros, on the device of the parameters."""
+        zeros = {}
+        for index, layer in enumerate(self.layers):
+            for part in ("h", "c"):
+                zeros[f"{part}{index}"] = torch.zeros(lanes, layer.width, device=self.bias.device)
+        return zeros
+
+    def forward(self, tokens_BT: Tensor, carry: Carry, masks: Masks | None) -> tuple[Hidden, Carry]:
+        """Hidden states of every position and the carry after the last one (detached: truncated backpropagation)."""
+        config = self.config
+        x_BTD = functional.embedding(tokens_BT, self.embedding.weight)
+        if masks is not None:
+            rows_V1 = masks.shared("embedding", config.drop_embedding, (self.vocab_size, 1))
+            if rows_V1 is not None:
+                x_BTD = x_BTD * rows_V1[tokens_BT]
+            x_BTD = _dropped(x_BTD, masks.per_lane("input", config.drop_input, config.embedding))
+        after: Carry = {}
+        for index, layer in enumerate(self.layers):
+            weight_mask = None
+            if masks is not None:
+                weight_mask = masks.shared(f"weight{index}", config.drop_weight, (4 * layer.width, layer.width))
+                if index > 0:
+                    x_BTD = _dropped(x_BTD, masks.per_lane(f"hidden{index}", config.drop_hidden, x_BTD.shape[-1]))
+            x_BTD, h, c = layer(x_BTD, carry[f"h{index}"], carry[f"c{index}"], weight_mask)
+            after[f"h{index}"], after[f"c{index}"] = h.detach(), c.detach()
+        raw_BTE = x_BTD
+        if masks is not None:
+            x_BTD = _dropped(x_BTD, masks.per_lane("output", config.drop_output, self.width))
+        return Hidden(x_BTD, raw_BTE), after
+
+    def logits(self, output_BTE: Tensor) -> Tensor:
+        """Scores of the next token [B, T, V]."""
+        return functional.linear(output_BTE, self.embedding.weight, self.bias)
+
+    def penalty(self, hidden: Hidden) -> Tensor:
+        """AR + TAR (§4.3): alpha·mean(output²) + beta·mean((h_t − h_{t−1})²); part of the objective, not of the nll."""
+        penalty = self.config.alpha * hidden.output_BTE.float().pow(2).mean()
+        if hidden.raw_BTE.shape[1] > 1:
+            penalty = penalty + self.config.beta * hidden.raw_BTE.float().diff(dim=1).pow(2).mean()
+        return penalty
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters from the bottom (embedding, tied softmax) to the top layer, for discriminative learning rates."""
+        return [
+            [cast(nn.Parameter, self.embedding.weight), self.bias],
+            *(list(layer.parameters()) for layer in self.layers),
+        ]
+
+
+def _dropped(x_BTD: Tensor, mask_B1D: Tensor | None) -> Tensor:
+    return x_BTD if mask_B1D is None else x_BTD * mask_B1D

@@ -1,0 +1,219 @@
+"""Shards on disk: one Arrow IPC file per split and block of input, and the manifest that makes them a corpus.
+
+    train-00000.arrow …   one record batch, uncompressed
+    valid-00000.arrow …
+    tokenizer.model       SentencePiece
+    plan.json             what this directory is made from (written first)
+    manifest.json         counts, sha256 of every file, resolved recipe (written last)
+
+Without a manifest there is no corpus. Shards are memory-mapped; tokens come out as numpy without a copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster import config, storage
+from cluster.errors import DataError, StorageError
+from sharding.schema import FORMAT_VERSION, SPLITS, shard_schema
+from sharding.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+
+
+def write_shard(
+    url: str, notes: pa.Table, tokens: Sequence[np.ndarray], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Writes the notes of one split with their tokens; returns the shard's entry for the manifest.
+
+    `notes` has the columns of the schema but `tokens`. The same notes give the same bytes.
+    """
+    lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    if offsets[-1] >= 1 << 31:
+        raise DataError(f"{url}: {offsets[-1]:,} tokens do not fit one shard; choose a smaller block_mib")
+    values = np.concatenate(list(tokens))
+    _check_marks(url, values, offsets, tokenizer)
+    schema = shard_schema(tokenizer.dtype)
+    kind = schema.field("tokens").type
+    items = pa.array(values, type=kind.value_type)
+    lists = pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), items, type=kind)
+    columns = [notes.column(name).combine_chunks() for name in schema.names if name != "tokens"]
+    batch = pa.RecordBatch.from_arrays([*columns, lists], schema=schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as file:
+        file.write_batch(batch)
+    content = sink.getvalue()
+    categories = Counter(name or "" for name in notes.column("category").to_pylist())
+    storage.write_bytes(url, content)
+    return {
+        "name": url.rsplit("/", 1)[-1],
+        "size": content.size,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "notes": len(tokens),
+        "tokens": int(offsets[-1]),
+        "bytes": int(notes.column("n_bytes").to_numpy().sum()),
+        "categories": dict(sorted(categories.items())),
+    }
+
+
+def _check_marks(url: str, values: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer) -> None:
+    """A corpus that lost its BOS or EOS trains without an error, and badly: look at every note."""
+    wrong = bool((np.diff(offsets) < 1 + tokenizer.bos + tokenizer.eos).any())
+    if not wrong and tokenizer.bos:
+        wrong = bool((values[offsets[:-1]] != tokenizer.bos_id).any())
+    if not wrong and tokenizer.eos:
+        wrong = bool((values[offsets[1:] - 1] != tokenizer.eos_id).any())
+    if wrong:
+        raise DataError(f"{url}: a note lacks BOS, EOS or any token; this is a fault of chartlm: report it")
+
+
+def content_fingerprint(manifest: dict[str, Any]) -> str:
+    """Fingerprint of what is trained on: equal for equal shards, wherever and by however many made."""
+    splits = {
+        name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()
+    }
+    return config.fingerprint(
+        {
+            "format": manifest["format"],
+            "dtype": manifest["dtype"],
+            "tokenizer": {key: manifest["tokenizer"][key] for key in ("sha256", "bos", "eos")},
+            "splits": splits,
+        }
+    )
+
+
+class Corpus:
+    """A finished shard directory. Reading is memory-mapped; remote shards are copied into a cache first."""
+
+    def __init__(self, url: str, manifest: dict[str, Any], cache: Path) -> None:
+        self.url = url
+        self.manifest = manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self._cache = cache
+
+    @classmethod
+    def open(cls, url: str, cache: Path | None = None) -> Corpus:
+        """The corpus of a shard directory, its files present and of the right size. Raises DataError."""
+        manifest_url = storage.join(url, MANIFEST)
+        if not storage.exists(manifest_url):
+            raise DataError(f"{url} is not a finished shard directory; run ./launch.sh shard … output={url}")
+        manifest = storage.read_json(manifest_url)
+        if not isinstance(manifest, dict) or "format" not in manifest:
+            raise DataError(f"{manifest_url}: not a manifest of shards; run ./launch.sh shard … output={url}")
+        if manifest["format"] != FORMAT_VERSION:
+            raise DataError(
+                f"{url}: shards of format {manifest['format']}, this chartlm reads format {FORMAT_VERSION}; "
+                "make them again with ./launch.sh shard"
+            )
+        try:
+            same = content_fingerprint(manifest) == manifest["fingerprint"]
+        except (KeyError, TypeError, AttributeError):
+            same = False
+        if not same:
+            raise DataError(f"{manifest_url}: was changed after it was written; make the shards again")
+        for name, size in files(manifest).items():
+            check_size(storage.join(url, name), size)
+        return cls(url, manifest, cache or _user_cache())
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the shards. Raises DataError where the file is another one."""
+        entry = self.manifest["tokenizer"]
+        model_url = storage.join(self.url, entry["file"])
+        model = storage.read_bytes(model_url)
+        if hashlib.sha256(model).hexdigest() != entry["sha256"]:
+            raise DataError(f"{model_url}: is not the tokenizer of these shards (sha256 differs)")
+        return Tokenizer(model, bos=entry["bos"], eos=entry["eos"])
+
+    def split(self, name: str) -> Split:
+        """All notes of "train", "valid" or "test". Raises DataError where there is none."""
+        filled = [split for split in SPLITS if self.manifest["splits"].get(split, {}).get("notes")]
+        if name not in filled:
+            raise DataError(f"{self.url}: no notes in split {name!r}; there are {', '.join(filled)}")
+        return Split([_map(self._local(shard)) for shard in self.manifest["splits"][name]["shards"]])
+
+    def _local(self, shard: dict[str, Any]) -> Path:
+        url = storage.join(self.url, shard["name"])
+        if storage.is_local(url):
+            return storage.local_path(url)
+        # Named by content, so corpora may share a cache; renamed when checked: no process maps half a file.
+        kept = self._cache / f"{shard['sha256']}.arrow"
+        if not kept.exists() or kept.stat().st_size != shard["size"]:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._cache) as folder:
+                copy = storage.fetch(url, Path(folder))
+                if storage.sha256(str(copy)) != shard["sha256"]:
+                    raise DataError(f"{url}: damaged (sha256 is not the manifest's); make the shards again")
+                os.replace(copy, kept)
+        return kept
+
+
+def files(manifest: dict[str, Any]) -> dict[str, int]:
+    """Name and size in bytes of every shard of a manifest."""
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    return {shard["name"]: shard["size"] for shard in shards}
+
+
+def check_size(url: str, size: int) -> None:
+    """Raises DataError unless the file is there and has this size in bytes."""
+    if not storage.exists(url):
+        raise DataError(f"{url}: missing; make the shards again with ./launch.sh shard")
+    found = storage.size_bytes(url)
+    if found != size:
+        raise DataError(f"{url}: has {found:,} bytes, the manifest says {size:,}; make the shards again")
+
+
+def _user_cache() -> Path:
+    """Folder of this user's copies of remote shards. Tokens are notes: nobody else may read them."""
+    folder = Path(tempfile.gettempdir()) / f"chartlm-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+        raise StorageError(f"{folder}: belongs to or is open to others; remove it or name another cache")
+    return folder
+
+
+def _map(path: Path) -> pa.RecordBatch:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except pa.ArrowInvalid as exc:
+        raise DataError(f"{path}: not an Arrow file; it was damaged: make the shards again") from exc
+
+
+class Split:
+    """All notes of one split in manifest order. Token buffers are views of memory-mapped files."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self._batches = list(batches)
+        lists = [batch.column("tokens") for batch in self._batches]
+        self.values: list[np.ndarray] = [notes.values.to_numpy(zero_copy_only=True) for notes in lists]
+        offsets = [notes.offsets.to_numpy().astype(np.int64) for notes in lists]
+        counts = [len(notes) for notes in lists]
+        self.shard_of_note = np.repeat(np.arange(len(lists), dtype=np.int32), counts)
+        self.start_of_note = np.concatenate([ends[:-1] for ends in offsets])
+        self.length_of_note = np.concatenate([np.diff(ends) for ends in offsets])
+        self.n_notes = int(sum(counts))
+        self.n_tokens = int(self.length_of_note.sum())
+        self.n_bytes = sum(int(batch.column("n_bytes").to_numpy().sum()) for batch in self._batches)
+
+    def column(self, name: str) -> list[Any]:
+        """One value per note of doc_id, patient_id, encounter_id, category, time or n_bytes."""
+        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
+
+    def tokens(self, note: int) -> np.ndarray:
+        """Token ids of one note, a view."""
+        values, start = self.values[self.shard_of_note[note]], int(self.start_of_note[note])
+        view: np.ndarray = values[start : start + int(self.length_of_note[note])]
+        return view

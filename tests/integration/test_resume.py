@@ -1,0 +1,126 @@
+"""SIGKILL of a training worker, and of the whole job: the same command ends with the same bits. Real Ray, real kills."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from corpora import tiny_corpus
+
+from cluster import storage, tracking
+
+STEPS = 150
+RECIPE = """
+run_dir = "{run}"
+steps = {steps}
+log_every = 1
+eval_every = 50
+save_every = 20
+[data]
+corpus = "{corpus}"
+lanes = 8
+bptt = 35
+[model]
+name = "awd-lstm"
+embedding = 96
+hidden = 160
+[engine]
+timeout_seconds = 60
+[cluster]
+workers = 2
+[tracking]
+wandb = "offline"
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_corpus(tmp_path_factory.mktemp("corpus"), train_notes=120)
+
+
+def start(run: Path, corpus: str) -> subprocess.Popen[bytes]:
+    recipe = run.parent / f"{run.name}.toml"
+    recipe.write_text(RECIPE.format(run=run, corpus=corpus, steps=STEPS))
+    command = [sys.executable, "-m", "cluster.cli", "pretrain", str(recipe)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    said = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, said
+    return said
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in tracking.read(str(run)) if "loss" in line]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while not any(reached >= step for reached, _ in losses(run)):
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline, f"step {step} not reached"
+        time.sleep(0.02)
+
+
+def final_tensors(run: Path) -> list[str]:
+    folder = run / "checkpoints" / f"step-{STEPS:08d}"
+    return [storage.sha256(str(path)) for path in sorted(folder.glob("*.safetensors"))]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(start(run, corpus))
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    return run
+
+
+def training_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if any("RayTrainWorker" in word for word in child.cmdline())]
+
+
+def random_step() -> int:
+    """Another step at every run of the tests; printed, so that a failure can be repeated."""
+    step = random.SystemRandom().randrange(25, STEPS - 30)
+    sys.stdout.write(f"killed at step {step}\n")
+    return step
+
+
+def assert_one_curve(run: Path, unbroken: Path) -> None:
+    assert losses(run) == losses(unbroken)  # every loss to the last bit; no step missing or doubled
+    assert final_tensors(run) == final_tensors(unbroken)
+    events = [line for line in tracking.read(str(run)) if line.get("event") == "resumed"]
+    assert len(events) == 1
+    assert events[0]["step"] % 20 == 0
+    assert events[0]["step"] <= events[0]["interrupted_at"]
+
+
+def test_kill_of_a_worker(tmp_path: Path, corpus: str, unbroken: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, corpus)
+    wait_for_step(run, random_step(), process)
+    random.SystemRandom().choice(training_workers(process)).send_signal(signal.SIGKILL)
+    finish(process)  # Ray Train goes on by itself
+    assert_one_curve(run, unbroken)
+
+
+def test_kill_of_the_whole_job(tmp_path: Path, corpus: str, unbroken: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, corpus)
+    wait_for_step(run, random_step(), process)
+    workers = training_workers(process)
+    assert len(workers) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []  # nobody outlives the job and writes on
+    said = finish(start(run, corpus))
+    assert "from step" in said
+    assert_one_curve(run, unbroken)
+    assert "nothing left to do" in finish(start(run, corpus))

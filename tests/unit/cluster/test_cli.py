@@ -1,0 +1,54 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cluster import cli
+from cluster.errors import TrainingError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_every_verb_of_the_table_can_be_imported() -> None:
+    import importlib
+
+    for name, verb in cli.VERBS.items():
+        if verb.module is not None:
+            assert callable(getattr(importlib.import_module(verb.module), verb.function)), name
+
+
+def test_launch_alone_prints_every_verb() -> None:
+    out = subprocess.run([ROOT / "launch.sh"], capture_output=True, text=True, check=True).stdout
+    for name in "demo test lint hospital shard pretrain evaluate generate finetune submit status logs stop".split():
+        assert f"./launch.sh {name}" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["pretrian"], "no verb 'pretrian'; the nearest is 'pretrain'"),
+        (["pretrain", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["shard", "out_put=x"], "no key 'out_put'; the nearest is 'output'"),
+        (["evaluate", "nowhere"], "nowhere: is not a run directory"),
+        (["demo", "nowhere"], "nowhere: has no"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(args: list[str], says: str, tmp_path: Path) -> None:
+    done = subprocess.run([ROOT / "launch.sh", *args], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_code_of_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(args: list[str]) -> None:
+        raise TrainingError("the loss\nis not finite")
+
+    import pretrain.train
+
+    monkeypatch.setattr(pretrain.train, "main", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.run_verb("pretrain", [])
+    assert caught.value.code == 3
+    assert capsys.readouterr().err == "chartlm: the loss is not finite\n"

@@ -1,0 +1,23 @@
+"""The recipes that are shipped load, and say what the job would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import load
+from sharding.job import ShardRecipe
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*/shard.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_recipe_loads_and_takes_overrides(path: Path) -> None:
+    recipe = load(ShardRecipe, [str(path), "tokenizer.vocab_size=1234", "input=elsewhere.csv"])
+    assert recipe.output == f"runs/{path.parent.name}/shards"
+    assert (recipe.tokenizer and recipe.tokenizer.vocab_size, recipe.input) == (1234, "elsewhere.csv")
+
+
+def test_the_recipes_of_the_readme_are_there() -> None:
+    assert {"demo", "mimic3", "mtsamples"} <= {path.parent.name for path in RECIPES}
