@@ -82,7 +82,8 @@ def validate(model: type[SectionT], values: dict[str, Any], where: str) -> Secti
     try:
         return model.model_validate(values)
     except ValidationError as exc:
-        problem = exc.errors()[0]
+        # An unknown key first: it is often the reason why another is missing.
+        problem = min(exc.errors(), key=lambda error: error["type"] != "extra_forbidden")
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             raise ConfigError(f"{where}: no key {path!r}; {_nearest(path, model)}") from None

@@ -30,6 +30,7 @@ def _client(args: list[str]) -> tuple[JobSubmissionClient, list[str]]:
     rest = [word for word in args if not word.startswith("cluster=")]
     given = [word.partition("=")[2] for word in args if word.startswith("cluster=")]
     address = given[-1] if given else os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets the variable win over the argument
     try:
         return JobSubmissionClient(address), rest
     except (ConnectionError, RuntimeError) as exc:

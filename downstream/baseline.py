@@ -1,7 +1,7 @@
 """The bar to clear: TF-IDF of words and word pairs, and logistic regression, on the same texts and splits.
 
-Vocabulary and document frequencies come from the training notes only; the regularization is chosen on validation, with
-the number that also chooses the fine-tuned model's epoch.
+Vocabulary and document frequencies come from the training notes only; the regularization is chosen on
+validation, with the number that also chooses the fine-tuned model's epoch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""`./launch.sh finetune RECIPE`: a pretrained run and a labelled task become a classifier and its honest score.
+"""`./launch.sh finetune RECIPE`: a pretrained run and a labelled task become a classifier and its score.
 
     task ─► cohort ─► splits by patient ─┬─► TF-IDF + logistic regression (the bar)
     run ──► language model ──────────────┴─► stages, several seeds averaged ─► test, once ─► OUT
 
-Patients are split by the function and salt of the language model's corpus, so no patient of the test set was ever read
-by the language model. Everything is chosen on validation; the test notes are scored once, at the end. OUT holds
+Patients are split by the function and salt of the language model's corpus, so no patient of the test set was
+ever read by the language model. Everything is chosen on validation; the test notes are scored once, at the
+end. OUT holds
 
     recipe.toml      the resolved recipe
     run.json         what the folder belongs to: recipe, checkpoint
@@ -33,7 +34,7 @@ from downstream.classifier import HeadConfig, NoteClassifier, Notes
 from downstream.metrics import Floats
 from downstream.tasks import Task
 from downstream.tasks.examples import Cohort, Example
-from downstream.unfreezing import Epoch, Labelled, StagesConfig, fine_tune, pooled_states, probabilities
+from downstream.unfreezing import Epoch, Labelled, StagesConfig, fine_tune, probabilities, read_states
 from pretrain.run import Trained, load_trained
 from sharding.splits import SplitConfig, split_of
 
@@ -46,9 +47,7 @@ class FinetuneRecipe(Section):
     run: str = Field(description="run directory of the pretrained language model")
     out: str | None = Field(None, description="where the results go; RUN/finetune/TASK if not given")
     task: Task = Field(discriminator="name")
-    seeds: tuple[int, ...] = Field(
-        (1, 2, 3), min_length=1, description="one classifier each; their mean predicts"
-    )
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="one classifier each; their mean predicts")
     max_tokens: int = Field(4096, ge=1, description="of longer notes only the last tokens are read")
     head: HeadConfig = HeadConfig()
     stages: StagesConfig = StagesConfig()
@@ -94,9 +93,7 @@ def enter(out: str, recipe: FinetuneRecipe, trained: Trained) -> bool:
     if storage.exists(place):
         changed = config.differences(storage.read_json(place), identity)
         if changed:
-            raise ConfigError(
-                f"{out}: belongs to other settings ({'; '.join(changed[:3])}); choose another out= or remove it"
-            )
+            raise ConfigError(f"{out}: belongs to other settings ({'; '.join(changed[:3])}); choose another out=")
         return not storage.exists(storage.join(out, "metrics.json"))
     if storage.names(out):
         raise ConfigError(f"{out}: is not empty and was not made by finetune; choose another out=")
@@ -136,52 +133,48 @@ def check(splits: Mapping[str, Sequence[Example]], classes: Sequence[str]) -> No
 def predict(
     recipe: FinetuneRecipe, trained: Trained, splits: Mapping[str, Sequence[Example]], classes: int
 ) -> tuple[Floats, list[list[Epoch]]]:
-    """Probabilities [N, K] of the test notes, the mean over seeds, and what every epoch of every seed came to."""
+    """Probabilities [N, K] of the test notes, the mean over seeds, and the epochs of every seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained.model.to(device)
+    stages = recipe.stages
     notes = {name: encode(trained, examples, recipe.max_tokens) for name, examples in splits.items()}
     tokens = {name: sum(len(note) for note in notes[name]) for name in notes}
-    epochs = recipe.stages.epochs_top + recipe.stages.epochs_all
-    once = tokens["train"] + tokens["valid"]
+    reader = build(trained, classes, recipe.head, recipe.seeds[0])
+    learned = tokens["train"] + tokens["valid"]
+    kept = 4 * learned * reader.width < stages.cache_mb * 10**6
+    per_seed = learned * stages.epochs_head // (10 if kept else 1)
+    per_seed += learned * (stages.epochs_top + stages.epochs_all) + tokens["test"]
+    total = (learned if kept else 0) + len(recipe.seeds) * per_seed
     done, said = 0, ""
-    with logs.progress("fine-tuning", once + len(recipe.seeds) * (epochs * once + tokens["test"])) as show:
+    with logs.progress("fine-tuning", total) as show:
 
-        def advance(read_tokens: int, note: str = "") -> None:
+        def advance(read_tokens: int, note: str) -> None:
             nonlocal done, said
             done, said = done + read_tokens, note or said
             show(done, said)
 
-        reader = build(trained, classes, recipe.head, recipe.seeds[0])
-        train, valid = (
-            Labelled(
-                notes[name],
-                labels_of(splits[name]),
-                pooled_states(reader, notes[name], recipe.stages.batch, advance),
-            )
-            for name in ("train", "valid")
-        )
+        data = {}
+        for name in SPLITS:
+            states = read_states(reader, notes[name], stages, advance) if kept and name != "test" else None
+            data[name] = Labelled(notes[name], labels_of(splits[name]), states)
         histories, drawn = [], []
         for seed in recipe.seeds:
             classifier = build(trained, classes, recipe.head, seed)
-            histories.append(fine_tune(classifier, train, valid, recipe.stages, seed, advance))
-            pooled_NP = pooled_states(classifier, notes["test"], recipe.stages.batch, advance)
-            drawn.append(probabilities(classifier, pooled_NP))
+            histories.append(fine_tune(classifier, data["train"], data["valid"], stages, seed, advance))
+            drawn.append(probabilities(classifier, data["test"], False, stages, advance))
     for seed, history in zip(recipe.seeds, histories, strict=True):
         best = max(history, key=lambda one: one.validation)
-        logs.say(
-            f"seed {seed}: best on validation after epoch {best.epoch + 1} of stage {best.stage}: {best.validation:.3f}"
-        )
+        when = f"epoch {best.epoch + 1} of stage {best.stage}"
+        logs.say(f"seed {seed}: best on validation after {when}: {best.validation:.3f}")
     return np.mean(drawn, axis=0), histories
 
 
 def encode(trained: Trained, examples: Sequence[Example], max_tokens: int) -> Notes:
-    """Token ids of the notes; of a longer one the last `max_tokens` (a summary ends with condition and plan)."""
+    """Token ids of the notes; of a longer one the last `max_tokens`: a summary ends with the plan."""
     notes = trained.tokenizer.encode([example.text for example in examples])
     longer = sum(len(note) > max_tokens for note in notes)
     if longer:
-        logs.say(
-            f"{longer:,} of {len(notes):,} notes have more than max_tokens={max_tokens:,}; their last ones are read"
-        )
+        logs.say(f"{longer:,} of {len(notes):,} notes: only the last max_tokens={max_tokens:,} tokens are read")
     return [note[-max_tokens:] for note in notes]
 
 

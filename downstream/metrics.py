@@ -1,8 +1,8 @@
 """How good predictions are, with intervals that respect patients.
 
-N examples, K classes. Every metric takes weights [N], because a bootstrap draw of patients is a vector of weights: a
-patient drawn twice counts twice, with all the rows at once. Rows of one patient are not independent, so resampling
-rows would give intervals that are too narrow.
+N examples, K classes. Every metric takes weights [N], because a bootstrap draw of patients is a vector of
+weights: a patient drawn twice counts twice, with all the rows at once. Rows of one patient are not
+independent, so resampling rows would give intervals that are too narrow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-# (labels [N], scores [N] of the positive class or [N, K] of all, weights [N]) → value, NaN where it is not defined
+# (labels [N], scores [N] of the positive class or [N, K] of all, weights [N]) → value, NaN where undefined
 Metric = Callable[[Ints, Floats, Floats], float]
 
 
@@ -32,7 +32,7 @@ class Interval(NamedTuple):
 
 
 def _curve(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> tuple[Floats, Floats]:
-    """Weight of the positives and of the negatives at or above each distinct score, from the highest score down."""
+    """Weight of the positives and of the negatives at or above each distinct score, from the highest down."""
     order = np.argsort(-scores_N, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores_N[order])), len(order) - 1)  # tied scores are one step
     weights_N, positive_N = weights_N[order], labels_N[order] == 1
@@ -43,9 +43,7 @@ def roc(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> tuple[Floats, Fl
     """(false positive rates, true positive rates) of the ROC curve, from (0, 0) to (1, 1)."""
     positives, negatives = _curve(labels_N, scores_N, weights_N)
     zero = np.zeros(1)
-    return np.concatenate([zero, negatives / negatives[-1]]), np.concatenate(
-        [zero, positives / positives[-1]]
-    )
+    return np.concatenate([zero, negatives / negatives[-1]]), np.concatenate([zero, positives / positives[-1]])
 
 
 def auroc(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
@@ -57,7 +55,7 @@ def auroc(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
 
 
 def auprc(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
-    """Average precision: Σ (recall step · precision), not the trapezoid, which flatters; chance is the prevalence."""
+    """Average precision, Σ recall step · precision (the trapezoid flatters); chance is the prevalence."""
     if not _both(labels_N, weights_N):
         return math.nan
     positives, negatives = _curve(labels_N, scores_N, weights_N)
@@ -89,7 +87,7 @@ MULTICLASS: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
 
 
 def scores_of(probabilities_NK: Floats) -> tuple[Floats, Mapping[str, Metric]]:
-    """What the metrics of this number of classes take, and these metrics; the first but one chooses models."""
+    """What the metrics for this number of classes take, and these metrics."""
     if probabilities_NK.shape[1] == 2:
         return probabilities_NK[:, 1], BINARY
     return probabilities_NK, MULTICLASS
@@ -104,7 +102,7 @@ def selection(labels_N: Ints, probabilities_NK: Floats) -> float:
 
 
 def patient_draws(patients: Sequence[str], draws: int, seed: int) -> Iterator[Floats]:
-    """`draws` weight vectors [N]: as many patients as there are, with replacement, all rows of a patient together."""
+    """`draws` weight vectors [N]: patients with replacement, all rows of a patient together."""
     _, patient_N = np.unique(np.asarray(patients), return_inverse=True)
     count = int(patient_N.max()) + 1
     generator = np.random.default_rng(seed)
@@ -116,10 +114,11 @@ def patient_draws(patients: Sequence[str], draws: int, seed: int) -> Iterator[Fl
 def evaluate(
     labels_N: Ints, probabilities: Mapping[str, Floats], patients: Sequence[str], draws: int, seed: int
 ) -> dict[str, dict[str, Interval]]:
-    """Every metric of every system (`probabilities` [N, K] by name) with percentile intervals, by system and metric.
+    """Every metric of every system (`probabilities` [N, K] by name), with percentile intervals.
 
-    The systems see the same draws, so the difference of the first system and each later one is paired; it stands under
-    "first - later". Draws in which a metric is not defined (a class is absent) do not count for it.
+    The systems see the same draws, so the difference of the first system and each later one is paired; it
+    stands under "first - later". Draws in which a metric is not defined (a class is absent) do not count for
+    it.
     """
     systems = {name: scores_of(p_NK) for name, p_NK in probabilities.items()}
     first, *others = systems
@@ -130,17 +129,14 @@ def evaluate(
             for system, (scores, metrics) in systems.items()
         }
         for other in others:
-            values[f"{first} - {other}"] = {
-                name: values[first][name] - values[other][name] for name in values[first]
-            }
+            values[f"{first} - {other}"] = {name: values[first][name] - values[other][name] for name in values[first]}
         return values
 
     whole = measured(np.ones(len(labels_N)))
     drawn = [measured(weights_N) for weights_N in patient_draws(patients, draws, seed)]
     return {
         system: {
-            name: _interval(value, np.array([one[system][name] for one in drawn]))
-            for name, value in values.items()
+            name: _interval(value, np.array([one[system][name] for one in drawn])) for name, value in values.items()
         }
         for system, values in whole.items()
     }

@@ -15,7 +15,13 @@ from downstream.baseline import labels_of
 from downstream.metrics import Floats, Interval, evaluate, roc
 from downstream.tasks.examples import Example
 
-SEED = 20180118  # of the bootstrap draws; the same for every run, so that two runs on one test set are comparable
+SEED = 20180118  # of the bootstrap draws: two runs on one test set see the same ones
+SYSTEMS = {
+    "model": "language model",
+    "baseline": "TF-IDF + logistic regression",
+    "model - baseline": "difference, paired",
+    "model - majority": "difference to majority",
+}
 NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 Splits = Mapping[str, Sequence[Example]]
@@ -53,7 +59,7 @@ def write(
         systems = {**systems, "majority": np.eye(len(classes))[np.full(len(test), common)]}
     scores = evaluate(labels_N, systems, [example.patient_id for example in test], draws, SEED)
     metrics = list(scores["model"])
-    rows = [[system, *(str(values[name]) for name in metrics)] for system, values in scores.items()]
+    rows = [[SYSTEMS.get(system, system), *(str(values[name]) for name in metrics)] for system, values in scores.items()]
     if len(classes) == 2:
         rows.append(["chance", "0.500", f"{labels_N.mean():.3f}"])
     logs.table(
@@ -67,17 +73,13 @@ def write(
         counts["positives"] = int(labels_N.sum())
         storage.write_bytes(storage.join(out, "roc.png"), _roc_png(labels_N, systems, scores))
     storage.write_bytes(storage.join(out, "predictions.csv"), _predictions(test, classes, systems))
-    numbers = {
-        key: value for system, values in scores.items() for key, value in _flat(system, values).items()
-    }
-    storage.write_json(
-        storage.join(out, "metrics.json"), {**facts, "classes": list(classes), **counts, **numbers}
-    )
+    numbers = {key: value for system, values in scores.items() for key, value in _flat(system, values).items()}
+    storage.write_json(storage.join(out, "metrics.json"), {**facts, "classes": list(classes), **counts, **numbers})
     logs.say(f"results in {out}")
 
 
 def _flat(system: str, values: Mapping[str, Interval]) -> dict[str, float | None]:
-    """`auroc`, `auroc_low`, `auroc_high` of the model, `baseline_auroc` …, `difference_auroc` (model - baseline) …"""
+    """`auroc`, `auroc_low`, `auroc_high` of the model, `baseline_auroc` …, `difference_auroc` (paired) …"""
     prefix = {"model": "", "model - baseline": "difference_", "model - majority": "difference_majority_"}
     flat: dict[str, float | None] = {}
     for name, interval in values.items():
@@ -88,12 +90,10 @@ def _flat(system: str, values: Mapping[str, Interval]) -> dict[str, float | None
 
 
 def _predictions(test: Sequence[Example], classes: Sequence[str], systems: Mapping[str, Floats]) -> bytes:
-    """CSV: ids, the label, and of each system the class it says and its probability (of the positive class of two)."""
+    """CSV: ids, label, and by system the class and its probability (of two classes the positive one's)."""
     binary = len(classes) == 2
     named = {system: p_NK for system, p_NK in systems.items() if system != "majority"}
-    columns = [
-        column for system in named for column in ([] if binary else [system]) + [f"{system}_probability"]
-    ]
+    columns = [column for system in named for column in ([] if binary else [system]) + [f"{system}_probability"]]
     written = io.StringIO()
     table = csv.writer(written, lineterminator="\n")
     table.writerow(["example_id", "patient_id", "label", *columns])
@@ -106,14 +106,10 @@ def _predictions(test: Sequence[Example], classes: Sequence[str], systems: Mappi
     return written.getvalue().encode()
 
 
-def _roc_png(
-    labels_N: Any, systems: Mapping[str, Floats], scores: Mapping[str, Mapping[str, Interval]]
-) -> bytes:
+def _roc_png(labels_N: Any, systems: Mapping[str, Floats], scores: Mapping[str, Mapping[str, Interval]]) -> bytes:
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    figure = Figure(
-        figsize=(4.5, 4.5), layout="constrained"
-    )  # no pyplot: it needs no display and keeps no state
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")  # no pyplot: it needs no display and keeps no state
     axes = figure.subplots()
     for system, p_NK in systems.items():
         false_N, true_N = roc(labels_N, p_NK[:, 1], np.ones(len(labels_N)))

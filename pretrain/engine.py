@@ -234,7 +234,7 @@ class Engine:
         for flat in self._flat() if states else []:
             # The inner optimizer makes its states at its first step; here they must exist before it.
             inner.state[flat] = {key: torch.zeros_like(flat) for key in states}
-            inner.state[flat]["step"] = torch.tensor(float(step))
+            inner.state[flat]["step"] = torch.tensor(float(step), device=flat.device)
         if states and self._sharded:
             self._link_states()
         for name, parameter in self.model.named_parameters():

@@ -159,9 +159,7 @@ def _make(recipe: ShardRecipe, output: str, plan: dict[str, Any], donor: Corpus 
     }
     manifest["fingerprint"] = content_fingerprint(manifest)
     if _notes(manifest) + drops.total() != rows:
-        raise DataError(
-            f"{recipe.input}: {rows:,} records read but {_notes(manifest):,} written; report this"
-        )
+        raise DataError(f"{recipe.input}: {rows:,} records read but {_notes(manifest):,} written; report this")
     if storage.is_local(output):
         for orphan in storage.local_path(output).glob(".*.tmp"):
             orphan.unlink()  # a killed run was writing it
@@ -202,9 +200,7 @@ def _check(recipe: ShardRecipe, rows: int, found: Survey, drops: Counter[str]) -
     kept = found.notes.total()
     if not kept:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()) if count)
-        raise DataError(
-            f"{recipe.input}: no notes left of {rows:,} records ({reasons or 'the file has none'})"
-        )
+        raise DataError(f"{recipe.input}: no notes left of {rows:,} records ({reasons or 'the file has none'})")
     wanted = {"train": 1.0, "valid": recipe.splits.valid}
     for split, fraction in wanted.items():
         if fraction and not found.notes[split]:
@@ -220,18 +216,14 @@ def _tokenizer(
     """The tokenizer: found, taken from another corpus, or trained on the kept training notes."""
     url = storage.join(output, TOKENIZER)
     if donor is not None:
-        storage.write_bytes(
-            url, storage.read_bytes(storage.join(donor.url, donor.manifest["tokenizer"]["file"]))
-        )
+        storage.write_bytes(url, storage.read_bytes(storage.join(donor.url, donor.manifest["tokenizer"]["file"])))
         return Tokenizer(storage.read_bytes(url), bos=donor.tokenizer.bos, eos=donor.tokenizer.eos)
     assert recipe.tokenizer is not None  # the recipe was validated
     if not storage.exists(url):
         words: Counter[str] = Counter()
         items = ((work, index, mask) for index, mask in enumerate(keep))
         with logs.progress("count words", len(keep)) as advance:
-            for done, (_, counted) in enumerate(
-                ray_runtime.map_tasks(parts.count_words, items, in_flight=at_a_time)
-            ):
+            for done, (_, counted) in enumerate(ray_runtime.map_tasks(parts.count_words, items, in_flight=at_a_time)):
                 words.update(counted)
                 advance(done + 1, f"{len(words):,} different words")
         logs.say(f"training a {recipe.tokenizer.kind} tokenizer of {recipe.tokenizer.vocab_size:,} on them")
@@ -239,9 +231,7 @@ def _tokenizer(
     return Tokenizer(storage.read_bytes(url), bos=recipe.tokenizer.bos, eos=recipe.tokenizer.eos)
 
 
-def _write(
-    output: str, work: str, keep: list[np.ndarray], model: Tokenizer, at_a_time: int
-) -> list[dict[str, Any]]:
+def _write(output: str, work: str, keep: list[np.ndarray], model: Tokenizer, at_a_time: int) -> list[dict[str, Any]]:
     """Writes the shards of every part; returns the manifest entries by part and split."""
     key = (model.sha256, model.bos, model.eos)
     found: dict[int, dict[str, Any]] = {}

@@ -169,7 +169,5 @@ def _tokenizer(output: str, sha256: str, bos: bool, eos: bool) -> Tokenizer:
     """One tokenizer for a worker process: its word cache is warm from the second part on."""
     tokenizer = Tokenizer(storage.read_bytes(storage.join(output, TOKENIZER)), bos=bos, eos=eos)
     if tokenizer.sha256 != sha256:
-        raise StorageError(
-            f"{output}: {TOKENIZER} is another one on this machine; is {output} shared by all nodes?"
-        )
+        raise StorageError(f"{output}: {TOKENIZER} is another one on this machine; is {output} shared by all nodes?")
     return tokenizer

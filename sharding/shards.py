@@ -32,9 +32,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 
 
-def write_shard(
-    url: str, notes: pa.Table, tokens: Sequence[np.ndarray], tokenizer: Tokenizer
-) -> dict[str, Any]:
+def write_shard(url: str, notes: pa.Table, tokens: Sequence[np.ndarray], tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes the notes of one split with their tokens; returns the shard's entry for the manifest.
 
     `notes` has the columns of the schema but `tokens`. The same notes give the same bytes.
@@ -81,9 +79,7 @@ def _check_marks(url: str, values: np.ndarray, offsets: np.ndarray, tokenizer: T
 
 def content_fingerprint(manifest: dict[str, Any]) -> str:
     """Fingerprint of what is trained on: equal for equal shards, wherever and by however many made."""
-    splits = {
-        name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()
-    }
+    splits = {name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}
     return config.fingerprint(
         {
             "format": manifest["format"],

@@ -50,8 +50,7 @@ READMISSION = (
 MAX_STAYS = 10
 
 TABLES: dict[str, str] = {
-    "NOTEEVENTS": "ROW_ID SUBJECT_ID HADM_ID CHARTDATE CHARTTIME STORETIME CATEGORY DESCRIPTION CGID ISERROR"
-    " TEXT",
+    "NOTEEVENTS": "ROW_ID SUBJECT_ID HADM_ID CHARTDATE CHARTTIME STORETIME CATEGORY DESCRIPTION CGID ISERROR TEXT",
     "ADMISSIONS": "ROW_ID SUBJECT_ID HADM_ID ADMITTIME DISCHTIME DEATHTIME ADMISSION_TYPE ADMISSION_LOCATION"
     " DISCHARGE_LOCATION INSURANCE LANGUAGE RELIGION MARITAL_STATUS ETHNICITY EDREGTIME EDOUTTIME DIAGNOSIS"
     " HOSPITAL_EXPIRE_FLAG HAS_CHARTEVENTS_DATA",
@@ -101,9 +100,7 @@ class Patient:
 
     def is_readmitted(self, stay: Stay) -> bool:
         """Whether the first later unplanned admission comes within 30 days of the discharge."""
-        later = (
-            s.admit for s in self.stays if s.admit > stay.discharge and s.kind in ("EMERGENCY", "URGENT")
-        )
+        later = (s.admit for s in self.stays if s.admit > stay.discharge and s.kind in ("EMERGENCY", "URGENT"))
         following = next(later, None)
         return following is not None and following - stay.discharge < timedelta(days=READMISSION_DAYS)
 
@@ -358,17 +355,13 @@ def _stay_notes(number: int, stay: Stay, scribe: Scribe, older_system: bool) -> 
         moment = _minute(stay.admit, hours)
         return Note(number, moment.date(), moment, category, description, text)
 
-    nursing, nursing_title = (
-        ("Nursing/other", "Report") if older_system else ("Nursing", "Nursing Progress Note")
-    )
+    nursing, nursing_title = ("Nursing/other", "Report") if older_system else ("Nursing", "Nursing Progress Note")
     hours = (stay.discharge - stay.admit).total_seconds() / 3600
     yield charted(
         1.5 + 3 * rng.random(), "Physician ", "Physician Resident Admission Note",
         scribe.document(words.ADMISSION_NOTE, older_system),
     )  # fmt: skip
-    yield charted(
-        1 + 4 * rng.random(), nursing, nursing_title, "\n".join(scribe.daily(words.NURSING_ADMISSION))
-    )
+    yield charted(1 + 4 * rng.random(), nursing, nursing_title, "\n".join(scribe.daily(words.NURSING_ADMISSION)))
     by_nurse: list[str] = []
     by_physician: list[str] = []
     for day in range(1, int(hours / 24) + 1):
@@ -466,9 +459,7 @@ def notes(seed: int, index: int, who: Patient) -> list[Note]:
 # Tables
 
 
-def write_hospital(
-    recipe: HospitalRecipe, progress: Callable[[int, int], None] | None = None
-) -> dict[str, int]:
+def write_hospital(recipe: HospitalRecipe, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
     """Writes NOTEEVENTS, ADMISSIONS, PATIENTS, DIAGNOSES_ICD (`.csv.gz`) into `recipe.out`; returns counts.
 
     The same recipe gives the same bytes. No table appears before all are whole; NOTEEVENTS appears last.
@@ -523,9 +514,7 @@ def _refuse_foreign(url: str) -> None:
     if storage.exists(url):
         with storage.reader(url, compression=None) as stream:
             if stream.read(8) != b"\x1f\x8b\x08" + bytes(5):
-                raise DataError(
-                    f"{url}: exists and was not made by this command; choose another `out` folder"
-                )
+                raise DataError(f"{url}: exists and was not made by this command; choose another `out` folder")
 
 
 @contextlib.contextmanager
@@ -541,11 +530,7 @@ def _line(cells: Sequence[Cell]) -> str:
     """A CSV line as MIMIC writes it: strings in quotes, numbers and times bare, nothing for NULL."""
     return (
         ",".join(
-            ""
-            if cell is None
-            else '"' + cell.replace('"', '""') + '"'
-            if isinstance(cell, str)
-            else str(cell)
+            "" if cell is None else '"' + cell.replace('"', '""') + '"' if isinstance(cell, str) else str(cell)
             for cell in cells
         )
         + "\n"
@@ -570,9 +555,7 @@ def _note_rows(written: list[Note], hadm: int, rng: random.Random) -> Iterator[l
 
 
 def _admission_rows(who: Patient, hadm: int, rng: random.Random) -> Iterator[list[Cell]]:
-    insurance, language, religion, marital, ethnicity = (
-        _pick(rng, options) for options in words.DEMOGRAPHICS
-    )
+    insurance, language, religion, marital, ethnicity = (_pick(rng, options) for options in words.DEMOGRAPHICS)
     for number, stay in enumerate(who.stays):
         emergency = stay.kind == "EMERGENCY"
         arrived = _minute(stay.admit, -2 - 6 * rng.random()) if emergency else None

@@ -887,8 +887,7 @@ NEWBORN_SUMMARY: Template = (
 RADIOLOGY: dict[str, str] = {
     "CHEST (PORTABLE AP)": "{film} There is {no|minimal} change in cardiomediastinal silhouette.",
     "CHEST (PA & LAT)": "{film} Degenerative changes of the thoracic spine. No rib fracture is seen.",
-    'CHEST PORT. LINE PLACEMENT "STAT"': "{Left|Right} {PICC|subclavian line} tip projects over the SVC. "
-    "{film}",
+    'CHEST PORT. LINE PLACEMENT "STAT"': "{Left|Right} {PICC|subclavian line} tip projects over the SVC. {film}",
     "CT HEAD W/O CONTRAST": "No intracranial hemorrhage, mass effect or shift. {Mild|Moderate} "
     "periventricular "
     "hypodensities are consistent with microvascular disease. Sinuses are {clear|partially opacified}.",
@@ -897,8 +896,7 @@ RADIOLOGY: dict[str, str] = {
     "{Sigmoid diverticulosis|Cholelithiasis} without {diverticulitis|inflammation}. No free fluid.",
     "RENAL U.S.": "The {left|right} kidney measures {8-12}.{0-9} cm. No hydronephrosis, stone or mass.",
     'KNEE (2 VIEWS) "LEFT"': "Joint space narrowing with osteophytes. No fracture or effusion.",
-    "UNILAT LOWER EXT VEINS": "Normal compressibility and flow in the {common femoral|popliteal} veins. "
-    "No thrombus.",
+    "UNILAT LOWER EXT VEINS": "Normal compressibility and flow in the {common femoral|popliteal} veins. No thrombus.",
 }
 RADIOLOGY_FRAME = (
     "[**{note_day}**] {clock}\n {description}                    Clip # [**Clip Number (Radiology) "
@@ -973,10 +971,8 @@ OCCASIONAL: tuple[tuple[str, str, float, str], ...] = (
 )  # fmt: skip
 ADDENDA = (
     "Addendum:\nThe discharge of {full_name} was delayed by one day awaiting a bed. {system} {pending}",
-    "ADDENDUM TO DISCHARGE SUMMARY:\nFinal {blood|urine|sputum} cultures returned without growth. {lines} "
-    "{follow_up}",
-    "Addendum: medication list corrected, {medicine} was omitted in the summary dictated by {info}. Job "
-    "{identifier}.",
+    "ADDENDUM TO DISCHARGE SUMMARY:\nFinal {blood|urine|sputum} cultures returned without growth. {lines} {follow_up}",
+    "Addendum: medication list corrected, {medicine} was omitted in the summary dictated by {info}. Job {identifier}.",
 )
 
 # Columns of ADMISSIONS; a value that is written twice is twice as common.

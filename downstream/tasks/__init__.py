@@ -1,7 +1,7 @@
 """The downstream tasks, by name. A new one is one file and one line here.
 
-A task is a recipe section with `name` and `cohort(clean) → Cohort`: it reads its tables, prints how many rows each
-filter took, and gives labelled notes cleaned as the checkpoint's corpus was.
+A task is a recipe section with `name` and `cohort(clean) → Cohort`: it reads its tables, prints how many rows
+each filter took, and gives labelled notes cleaned as the checkpoint's corpus was.
 """
 
 from downstream.tasks.classify import ClassifyTask

@@ -1,9 +1,10 @@
 """One label per note, from a labelled CSV (a specialty, a diagnosis, a document type).
 
-    rows ─► labels that are not asked for ─► one example per distinct text ─► the classes that are frequent enough
+    rows ─► minus labels not asked for ─► one example per distinct text ─► the frequent classes
 
-Public collections repeat a text under several labels (MTSamples: 1,891 texts in 4,014 rows); scored by the row, the same
-text lies in training and test under different names. So a text counts once, and only where all its rows agree.
+Public collections repeat a text under several labels (MTSamples: 1,891 texts in 4,014 rows); scored by the
+row, the same text lies in training and test under different names. So a text counts once, and only where all
+its rows agree.
 """
 
 from __future__ import annotations
@@ -28,21 +29,15 @@ class ClassifyTask(Section):
     url: str = Field(description="the labelled CSV file")
     text: str = Field(description="column of the note")
     label: str = Field(description="column of the label")
-    id: str | None = Field(
-        None, description="column of the example's id; without one it is the record number"
-    )
-    patient: str | None = Field(
-        None, description="column of the patient; without one a distinct text is a patient"
-    )
+    id: str | None = Field(None, description="column of the example's id; without one it is the record number")
+    patient: str | None = Field(None, description="column of the patient; without one a distinct text is a patient")
     drop_labels: tuple[str, ...] = Field((), description="labels that do not count, such as document types")
-    classes: tuple[str, ...] | None = Field(
-        None, description="the classes wanted; of two, the second is positive"
-    )
+    classes: tuple[str, ...] | None = Field(None, description="the classes wanted; of two, the second is positive")
     top: int | None = Field(None, ge=2, description="only that many classes, the most frequent ones")
     min_count: int = Field(1, ge=1, description="only classes with that many examples")
 
     def cohort(self, config: CleanConfig) -> Cohort:
-        """One example per distinct text, in the order of the file. Raises DataError where fewer than 2 classes remain."""
+        """One example per distinct text, in the order of the file. Raises DataError below 2 classes."""
         optional = [column for column in (self.id, self.patient) if column is not None]
         dropped = {label.strip() for label in self.drop_labels}
         found: dict[str, Example] = {}
@@ -60,11 +55,7 @@ class ClassifyTask(Section):
                 found[key] = Example(example_id, row[-1] if self.patient else key, text, -1)
         clear = {key: next(iter(names)) for key, names in labels.items() if len(names) == 1}
         classes = self._classes(Counter(clear.values()))
-        examples = [
-            found[key]._replace(label=classes.index(label))
-            for key, label in clear.items()
-            if label in classes
-        ]
+        examples = [found[key]._replace(label=classes.index(label)) for key, label in clear.items() if label in classes]
         filters = [Filter("all rows", 0, n_rows, len(found))]
         for name, left in [
             ("no text, no label, or a dropped label", n_labelled),
@@ -85,12 +76,8 @@ class ClassifyTask(Section):
         ranked = sorted(counts, key=lambda label: (-counts[label], label))
         wanted = self.classes if self.classes is not None else tuple(ranked[: self.top])
         if absent := [label for label in wanted if label not in counts]:
-            raise DataError(
-                f"{self.url}: no note has the label {absent[0]!r} alone; the commonest is {ranked[:1]}"
-            )
+            raise DataError(f"{self.url}: no note has the label {absent[0]!r} alone; the commonest is {ranked[:1]}")
         classes = tuple(label for label in wanted if counts[label] >= self.min_count)
         if len(classes) < 2:
-            raise DataError(
-                f"{self.url}: {len(classes)} class in column {self.label} is left; at least 2 are needed"
-            )
+            raise DataError(f"{self.url}: {len(classes)} class in column {self.label} is left; at least 2 are needed")
         return classes

@@ -35,7 +35,5 @@ class Filter(NamedTuple):
 
 def show_filters(title: str, unit: str, filters: Sequence[Filter]) -> None:
     """Prints the cohort table: the reader can see which filter took how many."""
-    rows = [
-        (f.name, f"{f.dropped:,}" if f.dropped else "", f"{f.left:,}", f"{f.patients:,}") for f in filters
-    ]
+    rows = [(f.name, f"{f.dropped:,}" if f.dropped else "", f"{f.left:,}", f"{f.patients:,}") for f in filters]
     logs.table(title, ["filter", "dropped", f"{unit} left", "patients left"], rows)

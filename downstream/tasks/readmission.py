@@ -4,10 +4,11 @@
     PATIENTS (birth, death) ───────► minors, competing deaths ┤► examples, and a count at every filter
     NOTEEVENTS ─ last summary ─────► one text per stay ───────┘
 
-The estimand, as in Huang et al. 2019 (arXiv:1904.05342): an admission that ends alive is positive when the patient's
-next emergency or urgent admission begins 0 < gap < 30 days after discharge; elective ones in between are skipped. What
-the tables cannot say is stated: MIMIC holds intensive-care patients only, has no end of follow-up (a last admission
-counts as not readmitted), and a death at home inside the window is a negative whose number is printed.
+The estimand, as in Huang et al. 2019 (arXiv:1904.05342): an admission that ends alive is positive when the
+patient's next emergency or urgent admission begins 0 < gap < 30 days after discharge; elective ones in
+between are skipped. What the tables cannot say is stated: MIMIC holds intensive-care patients only, has no
+end of follow-up (a last admission counts as not readmitted), and a death at home inside the window is a
+negative whose number is printed.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ class Rules(NamedTuple):
 PRESETS = {
     "clinicalbert": Rules(),
     "default": Rules(min_age_years=18, drop_organ_donors=True),
-    "pyhealth15": Rules(
-        window_days=15, drop_deaths=False, min_age_years=18, elective_counts=True, needs_next=True
-    ),
+    "pyhealth15": Rules(window_days=15, drop_deaths=False, min_age_years=18, elective_counts=True, needs_next=True),
 }
 
 
@@ -62,7 +61,7 @@ class Admission(NamedTuple):
 
 
 class Life(NamedTuple):
-    """Birth and death of a patient; in MIMIC, patients over 89 are born about 300 years before their admissions."""
+    """Birth and death of a patient; MIMIC puts the birth of people over 89 some 300 years back."""
 
     born: datetime
     died: datetime | None
@@ -78,7 +77,7 @@ class Stay(NamedTuple):
 
 
 class ReadmissionTask(Section):
-    """`[task] name = "readmission"`: a folder with NOTEEVENTS, ADMISSIONS, PATIENTS (.csv or .csv.gz, either case)."""
+    """`[task] name = "readmission"`: a folder with NOTEEVENTS, ADMISSIONS and PATIENTS."""
 
     name: Literal["readmission"] = "readmission"
     tables: str = Field(description="folder or URL of the MIMIC-III tables")
@@ -100,29 +99,21 @@ class ReadmissionTask(Section):
         show_filters(f"readmission within {rules.window_days:g} days ({self.preset})", "admissions", filters)
         dead, negative = competing_deaths(stays, lives, rules.window_days)
         logs.say(
-            f"{positives:,} of {len(examples):,} are readmitted; {dead:,} of {len(stays):,} stays end in death within the"
-            f" window, {negative:,} of them without a readmission: these count as not readmitted"
+            f"{positives:,} of {len(examples):,} are readmitted; death follows {dead:,} of {len(stays):,} stays"
+            f" within the window, {negative:,} without a readmission: these count as not readmitted"
         )
         if not examples:
-            raise DataError(
-                f"{self.tables}: no index admission has a discharge summary in NOTEEVENTS; check HADM_ID"
-            )
+            raise DataError(f"{self.tables}: no index admission has a discharge summary in NOTEEVENTS; check HADM_ID")
         return Cohort(examples, CLASSES)
 
 
 def table_url(folder: str, table: str) -> str:
-    """URL of a table in its folder: `NOTEEVENTS.csv`, `noteevents.csv.gz`, … Raises DataError where it is not there."""
+    """URL of a table: `NOTEEVENTS.csv`, `noteevents.csv.gz`, … Raises DataError where it is not there."""
     found = [
-        name
-        for name in storage.names(folder)
-        if name.lower() in (f"{table.lower()}.csv", f"{table.lower()}.csv.gz")
+        name for name in storage.names(folder) if name.lower() in (f"{table.lower()}.csv", f"{table.lower()}.csv.gz")
     ]
     if len(found) != 1:
-        what = (
-            f"{' and '.join(found)} are both there; keep one"
-            if found
-            else "it is not there; check task.tables"
-        )
+        what = f"{' and '.join(found)} are both there; keep one" if found else "it is not there; check task.tables"
         raise DataError(f"{folder}: {table}.csv or {table}.csv.gz is needed: {what}")
     return storage.join(folder, found[0])
 
@@ -163,8 +154,8 @@ def label_admissions(
 ) -> tuple[list[Stay], list[Filter]]:
     """Index stays with labels, sorted by patient and time, and how many each filter took.
 
-    A stay whose next admission begins before it ends (gap ≤ 0, a transfer) is the same episode: it is merged into the
-    later one, which inherits the later end. ClinicalBERT's code calls such a pair a readmission.
+    A stay whose next admission begins before it ends (gap ≤ 0, a transfer) is the same episode: it is merged
+    into the later one, which inherits the later end. ClinicalBERT's code calls such a pair a readmission.
     """
     rows = sorted(admissions, key=lambda a: (a.subject, a.admitted, a.discharged, a.hadm))
     filters = [_filter("all admissions", rows, [a.subject for a in rows])]
@@ -205,7 +196,7 @@ def label_admissions(
 
 
 def _episodes(rows: Sequence[Admission], rules: Rules) -> tuple[dict[str, datetime], dict[str, datetime]]:
-    """(start of the next admission that counts, end of the episode), by HADM_ID; `rows` sorted by patient and time.
+    """(start of the next admission that counts, end of the episode) by HADM_ID, from sorted rows.
 
     An admission that is merged into a later one is in neither.
     """
@@ -244,10 +235,10 @@ def competing_deaths(stays: Sequence[Stay], lives: Mapping[str, Life], window_da
 
 
 def discharge_summaries(url: str, stays: Sequence[Stay]) -> dict[str, str]:
-    """The summary of every stay that has one, by HADM_ID: its last Report by (CHARTDATE, ROW_ID), then its addenda.
+    """The summaries by HADM_ID: the last Report of a stay by (CHARTDATE, ROW_ID), then its addenda.
 
-    Addenda dated later than a day after discharge are left out: they may know of the readmission. Notes that the
-    hospital marked as errors (ISERROR = 1) are skipped. One pass; only the texts of these stays are held.
+    Addenda dated later than a day after discharge are left out: they may know of the readmission. Notes that
+    the hospital marked as errors (ISERROR = 1) are skipped. One pass; only the texts of these stays are held.
     """
     last_day = {stay.hadm: (stay.discharged + timedelta(days=1)).date().isoformat() for stay in stays}
     reports: dict[str, tuple[tuple[str, int], str]] = {}
@@ -257,9 +248,7 @@ def discharge_summaries(url: str, stays: Sequence[Stay]) -> dict[str, str]:
         if hadm not in last_day or category.strip().lower() != "discharge summary" or error == "1":
             continue
         if not row.isdigit():
-            raise DataError(
-                f"{url}: ROW_ID of a note of HADM_ID {hadm} is not a number; check the table's columns"
-            )
+            raise DataError(f"{url}: ROW_ID of a note of HADM_ID {hadm} is not a number; check the table's columns")
         note = ((day[:10], int(row)), text)
         if description.strip().lower() == "addendum":
             if day[:10] <= last_day[hadm]:

@@ -78,17 +78,13 @@ def _fill(stream: BinaryIO, url: str, data: bytes, offset: int, block_bytes: int
             if data.count(b'"') & 1:
                 _records(data, url, offset)
                 start = offset + last_record_end(data)
-                raise DataError(
-                    f"{url}: ends inside a quoted field; the record starts at byte {start}: is it cut off?"
-                )
+                raise DataError(f"{url}: ends inside a quoted field; the record starts at byte {start}: is it cut off?")
             return data, len(data)
         if end := last_record_end(data[:wanted]):
             return data, end
         wanted *= 2
         if wanted > LONGEST_RECORD_BYTES:
-            raise DataError(
-                f"{url}: the record at byte {offset} has no end in {wanted // 2:,} bytes; a quote is open"
-            )
+            raise DataError(f"{url}: the record at byte {offset} has no end in {wanted // 2:,} bytes; a quote is open")
 
 
 def last_record_end(data: bytes) -> int:
@@ -164,9 +160,7 @@ def _records(data: bytes, url: str, offset: int) -> int:
         if not (closes_well and opens_well):
             before = pieces[: 2 * place + (1 if closes_well else 0)]
             stray = offset + sum(map(len, before)) + len(before) - 1
-            raise DataError(
-                f"{url}: stray quote at byte {stray}; quote the whole field and double the quotes in it"
-            )
+            raise DataError(f"{url}: stray quote at byte {stray}; quote the whole field and double the quotes in it")
     lines = b'"'.join(outside)
     unended = bool(lines) and not lines.endswith(b"\n")
     return lines.count(b"\n") + unended - len(re.findall(rb"(?m)^\r?\n", lines))
@@ -186,9 +180,7 @@ def parse(block: Block, columns: Sequence[str]) -> list[list[str]]:
     try:
         table = pa.csv.read_csv(
             pa.BufferReader(block.data),
-            read_options=pa.csv.ReadOptions(
-                use_threads=False, block_size=len(block.data) + 1, column_names=names
-            ),
+            read_options=pa.csv.ReadOptions(use_threads=False, block_size=len(block.data) + 1, column_names=names),
             parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note_wrong),
             convert_options=pa.csv.ConvertOptions(
                 include_columns=wanted,
@@ -217,9 +209,7 @@ def _unreadable(block: Block) -> DataError:
     try:
         block.data.decode()
     except UnicodeDecodeError as exc:
-        return DataError(
-            f"{block.url}: byte {block.offset + exc.start} is not UTF-8 text; convert the file (iconv)"
-        )
+        return DataError(f"{block.url}: byte {block.offset + exc.start} is not UTF-8 text; convert the file (iconv)")
     return DataError(f"{block.url}: malformed CSV after byte {block.offset}")
 
 

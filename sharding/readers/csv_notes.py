@@ -53,9 +53,7 @@ class CsvReader(Section):
         )
         for record, (doc, patient, encounter, category, time, text) in enumerate(rows, block.first_record):
             if (self.doc_id and not doc) or (self.patient_id and not patient):
-                raise DataError(
-                    f"{block.url}: record {record}: empty {self.doc_id if not doc else self.patient_id}"
-                )
+                raise DataError(f"{block.url}: record {record}: empty {self.doc_id if not doc else self.patient_id}")
             category = category.strip()
             documents.append(
                 Document(

@@ -35,20 +35,14 @@ class MimicReader(Section):
         documents: list[Document] = []
         drops: Counter[str] = Counter()
         rows = zip(*csv_file.parse(block, COLUMNS), strict=True)
-        for record, (doc, patient, stay, date, time, category, error, text) in enumerate(
-            rows, block.first_record
-        ):
+        for record, (doc, patient, stay, date, time, category, error, text) in enumerate(rows, block.first_record):
             category = category.strip()
             if not doc or not patient:
-                raise DataError(
-                    f"{block.url}: record {record}: empty {'ROW_ID' if not doc else 'SUBJECT_ID'}"
-                )
+                raise DataError(f"{block.url}: record {record}: empty {'ROW_ID' if not doc else 'SUBJECT_ID'}")
             if error.strip() == "1":
                 drops["iserror"] += 1
             elif self.categories and category not in self.categories:
                 drops["category"] += 1
             else:
-                documents.append(
-                    Document(doc, patient, stay or None, category or None, time or date or None, text)
-                )
+                documents.append(Document(doc, patient, stay or None, category or None, time or date or None, text))
         return Parsed(documents, dict(drops))

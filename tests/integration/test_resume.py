@@ -1,4 +1,4 @@
-"""SIGKILL of a training worker, and of the whole job: the same command ends with the same bits. Real Ray, real kills."""
+"""SIGKILL of a training worker, and of the whole job: the same command ends with the same bits. Real Ray and kills."""
 
 import os
 import random

@@ -15,9 +15,7 @@ from cluster.errors import ConfigError, DataError
 from sharding.job import ShardRecipe
 from sharding.readers import READERS, ReaderConfig, documents
 
-MIMIC_HEADER = (
-    "ROW_ID,SUBJECT_ID,HADM_ID,CHARTDATE,CHARTTIME,STORETIME,CATEGORY,DESCRIPTION,CGID,ISERROR,TEXT"
-)
+MIMIC_HEADER = "ROW_ID,SUBJECT_ID,HADM_ID,CHARTDATE,CHARTTIME,STORETIME,CATEGORY,DESCRIPTION,CGID,ISERROR,TEXT"
 MIMIC_ROWS = [
     ("1", "7", "", "2101-10-20", "", "", "ECG", "Report", "", "", "Sinus rhythm."),
     ("2", "7", "12", "2101-10-20", "2101-10-20 12:33:00", "", "Nutrition ", "a b", "", "", "Two\r\nlines"),
@@ -82,11 +80,7 @@ def test_csv_without_ids_counts_rows_and_leaves_the_patient_open(tmp_path: Path)
     reader = READERS["csv"].model_validate({"text": "TEXT"})
     url = notes(tmp_path)
     for block_bytes in (1, 10_000):
-        found = [
-            document
-            for block in reader.blocks(url, block_bytes)
-            for document in reader.parse(block).documents
-        ]
+        found = [document for block in reader.blocks(url, block_bytes) for document in reader.parse(block).documents]
         assert [document.doc_id for document in found] == ["1", "2", "3", "4"]
         assert {document.patient_id for document in found} == {None}
 

@@ -138,9 +138,7 @@ Dictator Info; Attending Info; Contact Info
 """
 
 
-@pytest.mark.parametrize(
-    "form", [*BARE_FORMS, *(rf"{re.escape(f.strip())}[^]]*" for f in NAMED_FORMS.split(";"))]
-)
+@pytest.mark.parametrize("form", [*BARE_FORMS, *(rf"{re.escape(f.strip())}[^]]*" for f in NAMED_FORMS.split(";"))])
 def test_redactions_come_in_every_form(hospital: Hospital, form: str) -> None:
     assert any(re.search(rf"\[\*\*{form}\*\*\]", note["TEXT"]) for note in hospital["NOTEEVENTS"])
 
@@ -228,9 +226,7 @@ def test_words_of_the_clinic_are_there_and_words_of_the_label_are_not(hospital: 
     assert "readmi" not in text
     assert "{" not in text
     assert 1500 < len(set(re.findall(r"[a-z]{2,}", text))) < 3000
-    summaries = [
-        n["TEXT"] for n in notes if n["DESCRIPTION"] == "Report" and n["CATEGORY"] == "Discharge summary"
-    ]
+    summaries = [n["TEXT"] for n in notes if n["DESCRIPTION"] == "Report" and n["CATEGORY"] == "Discharge summary"]
     assert 300 < np.mean([len(summary.split()) for summary in summaries]) < 450
     early = [n for n in notes if n["CHARTTIME"] and n["CATEGORY"] != "Discharge summary"]
     assert not any(re.search(r"expired|passed away|pronounced dead", n["TEXT"].lower()) for n in early)
@@ -246,11 +242,7 @@ def test_every_template_can_be_filled_in() -> None:
         variants: Iterable[str] = [
             *(v for slot in synthetic_notes.GRADED.values() for options in slot.levels for v in options),
             *(v for options in synthetic_notes.LEXICON.values() for v in options),
-            *(
-                v
-                for p in synthetic_notes.PROBLEMS.values()
-                for v in p.story + p.course + p.procedure + p.complaint
-            ),
+            *(v for p in synthetic_notes.PROBLEMS.values() for v in p.story + p.course + p.procedure + p.complaint),
             *(v for c in synthetic_notes.CONDITIONS.values() for v in c.history + c.medicines),
             *synthetic_notes.DEATH_COURSE,
         ]
@@ -267,8 +259,7 @@ def readmission_labels(admissions: list[Row]) -> dict[str, bool]:
         following = [
             moment(later["ADMITTIME"]) - moment(stay["DISCHTIME"])
             for later in admissions[number + 1 :]
-            if later["SUBJECT_ID"] == stay["SUBJECT_ID"]
-            and later["ADMISSION_TYPE"] in ("EMERGENCY", "URGENT")
+            if later["SUBJECT_ID"] == stay["SUBJECT_ID"] and later["ADMISSION_TYPE"] in ("EMERGENCY", "URGENT")
         ]
         labels[stay["HADM_ID"]] = bool(following) and following[0] < timedelta(days=30)
     return labels
@@ -293,9 +284,7 @@ def test_outcomes_can_be_read_from_notes_but_not_surely() -> None:
         notes = [note for note in synthetic.notes(3, index, patient) if not note.is_error]
         for number, stay in enumerate(patient.stays):
             of_stay = [note for note in notes if note.stay == number]
-            summary = [
-                n.text for n in of_stay if n.category == "Discharge summary" and n.description == "Report"
-            ]
+            summary = [n.text for n in of_stay if n.category == "Discharge summary" and n.description == "Report"]
             if stay.is_index and summary:
                 summaries.append(summary[-1])
                 readmitted.append(patient.is_readmitted(stay))

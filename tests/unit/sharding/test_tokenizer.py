@@ -42,10 +42,7 @@ def texts(number: int, seed: int = 0) -> list[str]:
 
 NOTES = texts(300)
 COUNTS = Counter(word for text in NOTES for word in text.split())
-MODELS = {
-    kind: train(COUNTS, TokenizerConfig(kind=kind, vocab_size=370), CLASS_TOKENS)
-    for kind in ("unigram", "bpe")
-}
+MODELS = {kind: train(COUNTS, TokenizerConfig(kind=kind, vocab_size=370), CLASS_TOKENS) for kind in ("unigram", "bpe")}
 
 
 @pytest.mark.parametrize("kind", MODELS)

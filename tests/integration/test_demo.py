@@ -1,0 +1,68 @@
+"""`./launch.sh demo`, as a newcomer runs it, at its full size."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cluster import tracking
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    desk = tmp_path_factory.mktemp("demo")
+    done = subprocess.run([ROOT / "launch.sh", "demo"], cwd=desk, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (desk / "said.txt").write_text(done.stdout)
+    return desk
+
+
+def test_summary(desk: Path) -> None:
+    summary = json.loads((desk / "runs/demo/summary.json").read_text())
+    assert summary["perplexity"] < summary["untrained_perplexity"] / 50
+    assert 0 < summary["bits_per_byte"] < 1
+    assert summary["accuracy"] > 0.5
+    assert summary["readmission_auroc_low"] > 0.5
+    assert summary["readmission_auroc_low"] < summary["readmission_auroc"] < summary["readmission_auroc_high"]
+    assert 0.5 < summary["baseline_auroc"] < 1
+    assert 0 < summary["resumed_from_step"] <= summary["interrupted_at_step"]
+    assert 0 < summary["peak_memory_bytes"] <= 4 << 30
+    assert summary["seconds"] > 0
+
+
+def test_the_curve_has_no_gap_and_no_repeat(desk: Path) -> None:
+    lines = tracking.read(str(desk / "runs/demo"))
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [*range(10, steps[-1], 10), steps[-1]]
+    tokens = [line["tokens"] for line in lines if "loss" in line]
+    assert tokens == sorted(set(tokens))
+    assert sum(line.get("event") == "resumed" for line in lines) == 1
+
+
+def test_story_and_files(desk: Path) -> None:
+    said = (desk / "said.txt").read_text()
+    for number, stage in enumerate(["hospital", "shard", "pretrain", "evaluate", "finetune", "look"], 1):
+        assert f"{number}/6 {stage}" in said
+    assert "SIGKILL" in said
+    assert "nothing left to do" in said
+    run = desk / "runs/demo"
+    for name in ("hospital/NOTEEVENTS.csv.gz", "shards/manifest.json", "metrics.jsonl", "plots/loss.png"):
+        assert (run / name).stat().st_size > 0
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2  # before and after the kill, one id
+    assert len({path.name for path in (run / "wandb").glob("offline-run-*/*.wandb")}) == 1
+    assert list((run / "samples").iterdir())
+
+
+def test_run_again_finds_nothing_to_do(desk: Path) -> None:
+    before = json.loads((desk / "runs/demo/summary.json").read_text())
+    metrics = (desk / "runs/demo/metrics.jsonl").read_bytes()
+    done = subprocess.run([ROOT / "launch.sh", "demo"], cwd=desk, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = json.loads((desk / "runs/demo/summary.json").read_text())
+    for changing in ("seconds", "peak_memory_bytes"):
+        del before[changing], after[changing]
+    assert after == before
+    assert (desk / "runs/demo/metrics.jsonl").read_bytes() == metrics

@@ -1,0 +1,162 @@
+"""The classifier reads any length, ignores padding, and unfreezes from the top."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import TrainingError
+from downstream.classifier import HeadConfig, NoteClassifier, batches, padded
+from downstream.unfreezing import (
+    Labelled,
+    StagesConfig,
+    class_weights,
+    fine_tune,
+    probabilities,
+    read_states,
+    slanted_triangle,
+)
+from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
+
+CPU = torch.device("cpu")
+VOCABULARY = 30
+QUIET = lambda tokens, note: None  # noqa: E731
+
+
+def classifier(segment_tokens: int = 4, bptt_segments: int = 2, classes: int = 2) -> NoteClassifier:
+    torch.manual_seed(0)
+    encoder = AwdLstm(AwdLstmConfig(embedding=6, hidden=8, layers=2), VOCABULARY)
+    head = HeadConfig(detectors=5, segment_tokens=segment_tokens, bptt_segments=bptt_segments)
+    built = NoteClassifier(encoder, classes, head)
+    torch.nn.init.normal_(built.output.weight)
+    return built
+
+
+def some_notes(count: int = 12, seed: int = 0) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [
+        generator.integers(VOCABULARY, size=length).astype(np.uint16) for length in generator.integers(1, 20, count)
+    ]
+
+
+def test_note_in_segments_is_the_note_at_once() -> None:
+    tokens_BT, lengths_B = padded(some_notes(), CPU)
+    by_segment, at_once = classifier(segment_tokens=4), classifier(segment_tokens=100)
+    assert torch.allclose(by_segment(tokens_BT, lengths_B, None), at_once(tokens_BT, lengths_B, None), atol=1e-6)
+
+
+@pytest.mark.parametrize("padding_token", [0, 7])
+def test_pooling_ignores_padding(padding_token: int) -> None:
+    model = classifier()
+    notes = some_notes()
+    tokens_BT, lengths_B = padded(notes, CPU)
+    wider_BT = torch.full((len(notes), 40), padding_token)
+    for row, note in zip(wider_BT, notes, strict=True):
+        row[: len(note)] = torch.from_numpy(note.astype(np.int64))
+    together_BK = model(wider_BT, lengths_B, None)
+    assert torch.allclose(model(tokens_BT, lengths_B, None), together_BK, atol=1e-6)
+    for note, logits_K in zip(notes, together_BK, strict=True):
+        assert torch.allclose(model(*padded([note], CPU), None)[0], logits_K, atol=1e-6)
+
+
+def test_pools_are_last_max_and_mean() -> None:
+    model = classifier()
+    states_BTE = torch.randn(1, 9, 6)
+    detectors_TD = torch.tanh(model.detectors(model.norm(states_BTE)))[0, :7]
+    expected_P = torch.cat([detectors_TD[-1], detectors_TD.amax(0), detectors_TD.mean(0)])
+    logits_BK = model.score(states_BTE.split(4, dim=1), torch.tensor([7]), None)
+    assert torch.allclose(logits_BK[0], model.output(expected_P), atol=1e-6)
+
+
+def test_gradients_flow_through_the_last_segments_only() -> None:
+    note = np.arange(16, dtype=np.uint16)
+    model = classifier(segment_tokens=4, bptt_segments=2)
+    model(*padded([note], CPU), None).sum().backward()
+    gradient_VE = model.get_submodule("encoder.embedding").weight.grad
+    assert torch.count_nonzero(gradient_VE[:8]) == 0
+    assert torch.all(gradient_VE[8:16].abs().sum(1) > 0)
+
+
+def test_batches_hold_every_note_once_and_derive_from_the_seed() -> None:
+    lengths = [len(note) for note in some_notes(50)]
+    parts = batches(lengths, 8, np.random.default_rng([1, 2]))
+    assert sorted(np.concatenate(parts)) == list(range(50))
+    assert max(map(len, parts)) <= 8
+    again = batches(lengths, 8, np.random.default_rng([1, 2]))
+    other = batches(lengths, 8, np.random.default_rng([1, 3]))
+    assert [p.tolist() for p in parts] == [p.tolist() for p in again] != [p.tolist() for p in other]
+
+
+def test_slanted_triangle_is_that_of_ulmfit() -> None:
+    shares = [slanted_triangle(step, 100) for step in range(100)]
+    assert shares[0] == pytest.approx(1 / 32)
+    assert max(shares) == shares[10] == 1
+    assert shares[99] == pytest.approx(1 / 32, abs=0.02)
+
+
+def data(model: NoteClassifier, seed: int, keep: bool = True) -> Labelled:
+    """Notes that are positive where token 3 occurs."""
+    notes = some_notes(24, seed)
+    labels = np.array([int(3 in note) for note in notes])
+    return Labelled(notes, labels, read_states(model, notes, StagesConfig(), QUIET) if keep else None)
+
+
+def trained(stages: StagesConfig, keep: bool = True) -> tuple[NoteClassifier, dict[str, torch.Tensor]]:
+    model = classifier()
+    before = copy.deepcopy(model.state_dict())
+    fine_tune(model, data(model, 0, keep), data(model, 1, keep), stages, 1, QUIET)
+    return model, before
+
+
+@pytest.mark.parametrize(
+    ("top", "moving"), [(0, ()), (1, ("encoder.layers.1",))], ids=["head alone", "head and top layer"]
+)
+def test_frozen_groups_stay_bit_identical(top: int, moving: tuple[str, ...]) -> None:
+    # The weights after the last epoch, not those of the best one, show what has moved.
+    model = classifier()
+    before = copy.deepcopy(model.state_dict())
+    seen: list[dict[str, torch.Tensor]] = []
+    stages = StagesConfig(epochs_head=2, epochs_top=top, epochs_all=0, batch=8)
+
+    def watch(tokens: int, note: str) -> None:
+        if note:
+            seen.append(copy.deepcopy(model.state_dict()))
+
+    fine_tune(model, data(model, 0), data(model, 1), stages, 1, watch)
+    for name, value in seen[-1].items():
+        learns = not name.startswith("encoder.") or name.startswith(moving or ("nothing",))
+        assert torch.equal(value, before[name]) is not learns, name
+
+
+def test_kept_states_change_nothing() -> None:
+    stages = StagesConfig(epochs_head=3, epochs_top=1, epochs_all=1, batch=8)
+    with_states, _ = trained(stages, keep=True)
+    without, _ = trained(stages, keep=False)
+    for name, value in with_states.state_dict().items():
+        assert torch.allclose(value, without.state_dict()[name], atol=1e-5), name
+
+
+def test_best_epoch_is_what_remains() -> None:
+    model = classifier()
+    valid = data(model, 1)
+    stages = StagesConfig(epochs_head=4, epochs_top=1, epochs_all=2, lr=0.5, batch=8)  # late stages do harm
+    history = fine_tune(model, data(model, 0), valid, stages, 1, QUIET)
+    scored = probabilities(model, valid._replace(states=None), False, stages, QUIET)
+    from downstream.metrics import selection
+
+    assert selection(valid.labels, scored) == pytest.approx(max(one.validation for one in history))
+
+
+def test_loss_that_is_not_finite_stops_before_the_step() -> None:
+    model = classifier()
+    torch.nn.init.constant_(model.output.bias, float("nan"))
+    with pytest.raises(TrainingError, match="stage head, epoch 1: loss not finite"):
+        fine_tune(model, data(model, 0), data(model, 1), StagesConfig(), 1, QUIET)
+
+
+def test_class_weights_balance() -> None:
+    labels = np.array([0, 0, 0, 1])
+    assert (class_weights(labels, 2)[labels][labels == 0].sum() == class_weights(labels, 2)[1]).item()
