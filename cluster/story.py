@@ -144,7 +144,8 @@ def main(args: list[str]) -> None:
         raise ConfigError(f"{folder}: has no {', '.join(f'{name}.toml' for name in sorted(missing))}")
     training = config.read_toml(recipes["awd_lstm"])
     run = training["run_dir"]
-    task_out = config.read_toml(recipes["finetune"])["out"]
+    tuning = config.read_toml(recipes["finetune"])
+    task_out = tuning.get("out") or storage.join(tuning["run"], "finetune", tuning["task"]["name"])
     started, memory = time.monotonic(), Memory()
 
     with _stage(1, "hospital", "notes and tables in MIMIC-III's own format"):
@@ -162,7 +163,7 @@ def main(args: list[str]) -> None:
         _run("evaluate", run)
         _run("generate", run, f"prompt={story.prompt}")
     with _stage(5, "finetune", "a clinical prediction beside a TF-IDF baseline"):
-        _run("finetune", recipes["finetune"], *([f"task.input={story.input}"] if story.input else []))
+        _run("finetune", recipes["finetune"], *([f"task.url={story.input}"] if story.input else []))
     with _stage(6, "look", "what it made"):
         summary = _summary(run, task_out)
         summary["seconds"] = round(time.monotonic() - started, 1)

@@ -163,9 +163,8 @@ def predict(
             histories.append(fine_tune(classifier, data["train"], data["valid"], stages, seed, advance))
             drawn.append(probabilities(classifier, data["test"], False, stages, advance))
     for seed, history in zip(recipe.seeds, histories, strict=True):
-        best = max(history, key=lambda one: one.validation)
-        when = f"epoch {best.epoch + 1} of stage {best.stage}"
-        logs.say(f"seed {seed}: best on validation after {when}: {best.validation:.3f}")
+        best = next(one for one in history if one.kept)
+        logs.say(f"seed {seed}: stage {best.stage} is the best on validation: {best.validation:.3f}")
     return np.mean(drawn, axis=0), histories
 
 

@@ -29,15 +29,14 @@ Splits = Mapping[str, Sequence[Example]]
 
 def show_splits(splits: Splits, classes: Sequence[str]) -> None:
     """Prints how many notes, patients and members of each class every split has."""
-    shown = [1] if len(classes) == 2 else range(len(classes))
-    headings = ["split", "notes", "patients", *(classes[k] for k in shown)]
-    rows = []
-    for name, examples in splits.items():
-        patients = len({example.patient_id for example in examples})
-        counts = np.bincount(labels_of(examples), minlength=len(classes))
-        shares = [f"{counts[k]:,} ({counts[k] / len(examples):.0%})" for k in shown]
-        rows.append([name, f"{len(examples):,}", f"{patients:,}", *shares])
-    logs.table("splits by patient", headings, rows)
+    counts = {name: np.bincount(labels_of(examples), minlength=len(classes)) for name, examples in splits.items()}
+    rows = [
+        ["notes", *(f"{len(examples):,}" for examples in splits.values())],
+        ["patients", *(f"{len({e.patient_id for e in examples}):,}" for examples in splits.values())],
+    ]
+    for k, label in enumerate(classes):
+        rows.append([label, *(f"{n_K[k]:,} ({n_K[k] / n_K.sum():.1%})" for n_K in counts.values())])
+    logs.table("splits by patient", ["", *splits], rows)
 
 
 def write(
@@ -59,7 +58,9 @@ def write(
         systems = {**systems, "majority": np.eye(len(classes))[np.full(len(test), common)]}
     scores = evaluate(labels_N, systems, [example.patient_id for example in test], draws, SEED)
     metrics = list(scores["model"])
-    rows = [[SYSTEMS.get(system, system), *(str(values[name]) for name in metrics)] for system, values in scores.items()]
+    rows = [
+        [SYSTEMS.get(system, system), *(str(values[name]) for name in metrics)] for system, values in scores.items()
+    ]
     if len(classes) == 2:
         rows.append(["chance", "0.500", f"{labels_N.mean():.3f}"])
     logs.table(

@@ -27,7 +27,7 @@ def draw_losses(run: str) -> str:
         label = "interrupted, resumed from the last checkpoint" if index == 0 else None
         axes.axvline(line["interrupted_at"], color="#555555", linestyle=":", label=label)
         axes.axvspan(line["step"], line["interrupted_at"], color="#555555", alpha=0.1, linewidth=0)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.rstrip("/"))
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.rstrip("/").rsplit("/", 1)[-1])
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -246,8 +246,14 @@ def _watched(recipe: TrainRecipe, steps: int) -> Iterator[None]:
     """Shows the run's own metrics while it trains, wherever its workers are."""
     over = threading.Event()
 
+    told = len(_resumes(recipe.run_dir))
+
     def watch(advance: logs.Advance) -> None:
+        nonlocal told
         while not over.wait(1.0):
+            for line in _resumes(recipe.run_dir)[told:]:
+                logs.say(f"pretrain: interrupted at step {line['interrupted_at']:,}, goes on from step {line['step']:,}")
+                told += 1
             _show(recipe.run_dir, advance)
 
     with logs.progress("pretrain", steps) as advance:
@@ -259,6 +265,10 @@ def _watched(recipe: TrainRecipe, steps: int) -> Iterator[None]:
             over.set()
             watcher.join()
             _show(recipe.run_dir, advance)
+
+
+def _resumes(run: str) -> list[dict[str, Any]]:
+    return [line for line in tracking.read(run) if line.get("event") == "resumed"]
 
 
 def _show(run: str, advance: logs.Advance) -> None:

@@ -10,6 +10,7 @@ its rows agree.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -42,41 +43,42 @@ class ClassifyTask(Section):
         dropped = {label.strip() for label in self.drop_labels}
         found: dict[str, Example] = {}
         labels: dict[str, set[str]] = {}
+        patients: set[str] = set()
         n_rows = n_labelled = 0
         for n_rows, row in enumerate(csv_file.rows(self.url, [self.text, self.label, *optional]), start=1):
             text, label = clean(row[0], config), row[1].strip()
+            key = text_digest(text).hex()  # the patient of a text without one, as in sharding
+            patient = row[-1] if self.patient else key
+            patients.add(patient)
             if not text.strip() or not label or label in dropped:
                 continue
             n_labelled += 1
-            key = text_digest(text).hex()
             labels.setdefault(key, set()).add(label)
             if key not in found:
                 example_id = row[2] if self.id else str(n_rows)
-                found[key] = Example(example_id, row[-1] if self.patient else key, text, -1)
+                found[key] = Example(example_id, patient, text, -1)
         clear = {key: next(iter(names)) for key, names in labels.items() if len(names) == 1}
         classes = self._classes(Counter(clear.values()))
-        examples = [found[key]._replace(label=classes.index(label)) for key, label in clear.items() if label in classes]
-        filters = [Filter("all rows", 0, n_rows, len(found))]
-        for name, left in [
-            ("no text, no label, or a dropped label", n_labelled),
-            ("the same text again", len(found)),
-            ("more than one label", len(clear)),
-            ("label not among the classes", len(examples)),
-        ]:
-            filters.append(Filter(name, filters[-1].left - left, left, min(left, len(found))))
+        wanted = {key: classes.index(label) for key, label in clear.items() if label in classes}
+        filters = [Filter("all rows", 0, n_rows, len(patients))]
+        steps: list[tuple[str, int, Iterable[str]]] = [
+            ("no text, no label, or a dropped label", n_labelled, found),
+            ("the same text again", len(found), found),
+            ("more than one label", len(clear), clear),
+            ("label not among the classes", len(wanted), wanted),
+        ]
+        for name, left, keys in steps:
+            left_patients = len({found[key].patient_id for key in keys})
+            filters.append(Filter(name, filters[-1].left - left, left, left_patients))
         show_filters(f"classes of {self.label} in {self.url}", "notes", filters)
-        if not examples:
-            raise DataError(
-                f"{self.url}: no labelled notes left; check task.label, task.drop_labels and task.min_count"
-            )
-        return Cohort(examples, classes)
+        return Cohort([found[key]._replace(label=label) for key, label in wanted.items()], classes)
 
     def _classes(self, counts: Counter[str]) -> tuple[str, ...]:
         """The classes, most frequent first (ties by name) or as the recipe lists them."""
         ranked = sorted(counts, key=lambda label: (-counts[label], label))
         wanted = self.classes if self.classes is not None else tuple(ranked[: self.top])
         if absent := [label for label in wanted if label not in counts]:
-            raise DataError(f"{self.url}: no note has the label {absent[0]!r} alone; the commonest is {ranked[:1]}")
+            raise DataError(f"{self.url}: no note has the label {absent[0]!r} alone; check task.classes")
         classes = tuple(label for label in wanted if counts[label] >= self.min_count)
         if len(classes) < 2:
             raise DataError(f"{self.url}: {len(classes)} class in column {self.label} is left; at least 2 are needed")
