@@ -252,7 +252,9 @@ def _watched(recipe: TrainRecipe, steps: int) -> Iterator[None]:
         nonlocal told
         while not over.wait(1.0):
             for line in _resumes(recipe.run_dir)[told:]:
-                logs.say(f"pretrain: interrupted at step {line['interrupted_at']:,}, goes on from step {line['step']:,}")
+                logs.say(
+                    f"pretrain: interrupted at step {line['interrupted_at']:,}, goes on from step {line['step']:,}"
+                )
                 told += 1
             _show(recipe.run_dir, advance)
 
