@@ -40,7 +40,7 @@ set_up() {
   rm -f "$stamp"
   {
     [[ -d $venv ]] || "$python" -m venv "$venv"
-    "$venv/bin/pip" install --disable-pip-version-check -e "$root[dev]"
+    "$venv/bin/pip" install --disable-pip-version-check -e "${root}[dev]"
   } >"$log" 2>&1 || {
     tail -n 15 "$log" >&2
     die "setting up failed; the lines above say why (all of it: $log). Mend it and run the same command again"

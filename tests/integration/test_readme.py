@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 SMALL = {
     "pretrain": ["epochs=0.05", "eval_every=1000", "model.embedding=32", "model.hidden=48"],
     "generate": ["tokens=20"],
-    "finetune": ["seeds=[1]", "bootstrap_draws=50"],
+    "finetune": ["seeds=[1]", "stages.epochs_head=2", "stages.epochs_all=0", "bootstrap_draws=50"],
 }
 
 
