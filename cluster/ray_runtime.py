@@ -8,6 +8,7 @@ through the Ray Jobs API. Facts about Ray 2.60 that shaped this file stand at th
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -108,21 +109,26 @@ def train_workers(
     again, `max_failures` times at most. Nothing is reported to Ray: a restarted worker finds its place in the run
     directory (and each report() would cost up to 2 s). Raises TrainingError when the failures are used up.
     """
-    trainer = ray.train.torch.TorchTrainer(
-        entry,
-        train_loop_config=config,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpus_per_worker > 0,
-            resources_per_worker={"GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1},
-        ),
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if gpus_per_worker else "gloo", timeout_s=timeout_seconds
-        ),
-        run_config=ray.train.RunConfig(name=name, failure_config=ray.train.FailureConfig(max_failures=max_failures)),
+    scaling = ray.train.ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpus_per_worker > 0,
+        resources_per_worker={"GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1},
     )
+    backend = "nccl" if gpus_per_worker else "gloo"
     try:
-        trainer.fit()
+        # Ray keeps notes of its own per run and name, and would write them into the home directory.
+        with tempfile.TemporaryDirectory(prefix="chartlm-ray-") as scratch:
+            ray.train.torch.TorchTrainer(
+                entry,
+                train_loop_config=config,
+                scaling_config=scaling,
+                torch_config=ray.train.torch.TorchConfig(backend=backend, timeout_s=timeout_seconds),
+                run_config=ray.train.RunConfig(
+                    name=name,
+                    storage_path=scratch,
+                    failure_config=ray.train.FailureConfig(max_failures=max_failures),
+                ),
+            ).fit()
     except ray.train.WorkerGroupError as exc:
         causes = [getattr(failure, "cause", failure) for failure in exc.worker_failures.values()]
         own = next((cause for cause in causes if isinstance(cause, ChartlmError)), None)

@@ -155,7 +155,9 @@ def main(args: list[str]) -> None:
             logs.say("real notes are given; nothing to write")
     with _stage(2, "shard", "clean, split by patient, tokenize; on Ray"):
         _run("shard", recipes["shard"], *([f"input={story.input}"] if story.input else []))
-    with _stage(3, "pretrain", "AWD-LSTM under DeepSpeed ZeRO-1 on Ray Train, killed half way"):
+    with _stage(
+        3, "pretrain", "AWD-LSTM under DeepSpeed ZeRO-1 on Ray Train" + (", killed half way" if story.interrupt else "")
+    ):
         _pretrain(("pretrain", recipes["awd_lstm"]), run, training, story.interrupt)
         logs.say("the same command again:")
         _run("pretrain", recipes["awd_lstm"])

@@ -20,6 +20,9 @@ from cluster import storage
 from cluster.config import Section
 
 FILE = "metrics.jsonl"
+# W&B writes its file from time to time, so a SIGKILL takes its newest lines with it. When a run goes on, this many are
+# logged to it once more; where it has them already, the first value stays.
+REPLAYED_LINES = 200
 
 
 class TrackingConfig(Section):
@@ -51,11 +54,18 @@ class Track:
         self._file = storage.local_path(self._url).open("a") if storage.is_local(self._url) else None
 
     def log(self, **numbers: Any) -> None:
-        """Adds one line. On local storage it is there at once, so a SIGKILL loses no line that was written."""
+        """Adds one line, without the numbers that are None. On local storage it is there at once, so a SIGKILL loses
+        no line that was written.
+        """
+        numbers = {key: value for key, value in numbers.items() if value is not None}
         self._lines.append(json.dumps(numbers))
         if self._file is not None:
             self._file.write(self._lines[-1] + "\n")
             self._file.flush()
+        self.mirror(numbers)
+
+    def mirror(self, numbers: dict[str, Any]) -> None:
+        """Sends one line to W&B, where there is one."""
         if self._mirror is not None:
             kept = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
             self._mirror.log(kept, step=numbers["step"])
@@ -88,6 +98,8 @@ def opened(run: str, config: TrackingConfig, run_id: str, recipe: dict[str, Any]
         lines.append({"step": step or 0, "event": "resumed", "interrupted_at": reached})
     mirror = _wandb(run, config, run_id, recipe)
     track = Track(run, lines, mirror)
+    for line in lines[-REPLAYED_LINES:]:
+        track.mirror(line)
     try:
         yield track
     finally:

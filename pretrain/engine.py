@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -50,6 +50,12 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     timeout_seconds: int = Field(300, ge=10, description="a collective that takes longer means a lost worker")
+
+    @model_validator(mode="after")
+    def _bf16_is_sharded(self) -> EngineConfig:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage 1 or 2, where an fp32 copy of the weights is kept")
+        return self
 
 
 class Workers:
@@ -170,13 +176,15 @@ class Engine:
         self._deepspeed.backward(objective)
         return nll, carry
 
-    def update(self, lr: float) -> float:
-        """Clips, steps the optimizer at learning rate `lr`; returns the norm of the gradient before clipping."""
+    def update(self, lr: float) -> float | None:
+        """Clips, steps the optimizer at learning rate `lr`; returns the norm of the gradient before clipping, where
+        DeepSpeed knows it (not at ZeRO-0).
+        """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return None if norm is None else float(norm)
 
     def _flat(self) -> list[Tensor]:
         """The tensors that the inner optimizer holds states for: whole parameters, or this worker's flat parts."""

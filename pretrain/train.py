@@ -157,7 +157,7 @@ def _train(recipe: TrainRecipe, workers: Workers) -> None:
 
 def train_step(
     engine: Engine, streams: Streams, lanes: range, state: TrainState, recipe: TrainRecipe, steps: int
-) -> tuple[TrainState, float, float]:
+) -> tuple[TrainState, float | None, float]:
     """One segment of every lane and one update. Returns (next state, norm of the gradient, learning rate).
 
     Raises TrainingError before the update where the loss is not finite: parameters stay as they were.
@@ -198,6 +198,8 @@ def main(args: list[str]) -> None:
     recipe = recipe.model_copy(update={"run_dir": storage.absolute(recipe.run_dir), "data": data})
     if "RANK" in os.environ:  # torchrun, Slurm: somebody else started the workers
         train(recipe)
+        if os.environ["RANK"] == "0":
+            plot.draw_losses(recipe.run_dir)
         return
     # What can be wrong is found here, before workers start.
     corpus = Corpus.open(recipe.data.corpus)

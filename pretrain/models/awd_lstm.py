@@ -67,7 +67,7 @@ class LstmLayer(nn.Module):
         self, input_BTD: Tensor, h_BH: Tensor, c_BH: Tensor, weight_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(output [B, T, H], h [B, H], c [B, H]); `weight_mask` [4H, H] scales the recurrent weights (§2)."""
-        weight_hh = self.weight_hh if weight_mask is None else self.weight_hh * weight_mask
+        weight_hh = self.weight_hh if weight_mask is None else self.weight_hh * weight_mask.to(self.weight_hh.dtype)
         weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
         state = (h_BH.unsqueeze(0), c_BH.unsqueeze(0))
         # biases, one layer, no dropout inside, training mode, one direction, batch first
@@ -94,11 +94,11 @@ class AwdLstm(nn.Module):
         self.layers = cast(Sequence[LstmLayer], nn.ModuleList(layers))
 
     def initial_carry(self, lanes: int) -> Carry:
-        """Zeros, on the device of the parameters."""
+        """Zeros, of the device and type of the parameters."""
         zeros = {}
         for index, layer in enumerate(self.layers):
             for part in ("h", "c"):
-                zeros[f"{part}{index}"] = torch.zeros(lanes, layer.width, device=self.bias.device)
+                zeros[f"{part}{index}"] = self.bias.new_zeros(lanes, layer.width)
         return zeros
 
     def forward(self, tokens_BT: Tensor, carry: Carry, masks: Masks | None) -> tuple[Hidden, Carry]:
@@ -108,7 +108,7 @@ class AwdLstm(nn.Module):
         if masks is not None:
             rows_V1 = masks.shared("embedding", config.drop_embedding, (self.vocab_size, 1))
             if rows_V1 is not None:
-                x_BTD = x_BTD * rows_V1[tokens_BT]
+                x_BTD = _dropped(x_BTD, rows_V1[tokens_BT])
             x_BTD = _dropped(x_BTD, masks.per_lane("input", config.drop_input, config.embedding))
         after: Carry = {}
         for index, layer in enumerate(self.layers):
@@ -144,4 +144,4 @@ class AwdLstm(nn.Module):
 
 
 def _dropped(x_BTD: Tensor, mask_B1D: Tensor | None) -> Tensor:
-    return x_BTD if mask_B1D is None else x_BTD * mask_B1D
+    return x_BTD if mask_B1D is None else x_BTD * mask_B1D.to(x_BTD.dtype)

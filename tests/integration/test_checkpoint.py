@@ -53,10 +53,10 @@ def train_some(run: str, corpus: str, changes: dict[str, Any]) -> None:
     train.train(recipe(Path(run), corpus, **changes))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_resume_is_exact_to_the_last_bit(tmp_path: Path, corpus: str, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_resume_is_exact_to_the_last_bit(tmp_path: Path, corpus: str, stage: int, precision: str) -> None:
     """Two gloo ranks; the steps after the checkpoint are done twice, by processes that never met."""
-    engine = {"engine": {"zero_stage": stage, "timeout_seconds": 60}}
+    engine = {"engine": {"zero_stage": stage, "precision": precision, "timeout_seconds": 60}}
     run_on_ranks(2, train_some, str(tmp_path), corpus, engine)
     unbroken = losses(tmp_path)
     final = (tmp_path / "checkpoints/step-00000012/tensors-00000.safetensors").read_bytes()

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import wandb_files
 
 from cluster import tracking
 
@@ -51,8 +52,11 @@ def test_story_and_files(desk: Path) -> None:
     run = desk / "runs/demo"
     for name in ("hospital/NOTEEVENTS.csv.gz", "shards/manifest.json", "metrics.jsonl", "plots/loss.png"):
         assert (run / name).stat().st_size > 0
-    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2  # before and after the kill, one id
-    assert len({path.name for path in (run / "wandb").glob("offline-run-*/*.wandb")}) == 1
+    segments = wandb_files.segments(run)
+    assert len(segments) == 2  # before and after the kill
+    assert len({segment.name for segment in segments}) == 1  # under one id
+    logged = {line["step"]: line["loss"] for line in tracking.read(str(run)) if "loss" in line}
+    assert wandb_files.curve(run, "loss") == logged
     assert list((run / "samples").iterdir())
 
 

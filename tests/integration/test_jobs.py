@@ -89,6 +89,21 @@ def test_a_job_from_submit_to_logs(env: dict[str, str], tmp_path: Path) -> None:
     assert job in launch(env, "status").stdout
 
 
+def test_shard_and_pretrain_as_jobs(env: dict[str, str], tmp_path: Path) -> None:
+    """Jobs join the cluster they run on: Ray tasks, then two Ray Train workers under DeepSpeed."""
+    hospital, shards, run = tmp_path / "hospital", tmp_path / "shards", tmp_path / "run"
+    assert launch(env, "hospital", f"out={hospital}", "patients=60").returncode == 0
+    small = ["tokenizer.vocab_size=600"]
+    words = ["shard", "recipes/demo/shard.toml", f"input={hospital}/NOTEEVENTS.csv.gz", f"output={shards}", *small]
+    job = submit(env, *words)
+    assert wait_until(env, job, "SUCCEEDED", "FAILED") == "SUCCEEDED", launch(env, "logs", job).stdout
+    small = ["epochs=0.1", "model.hidden=32", "model.embedding=24", "tracking.wandb=disabled"]
+    job = submit(env, "pretrain", "recipes/demo/awd_lstm.toml", f"data.corpus={shards}", f"run_dir={run}", *small)
+    assert wait_until(env, job, "SUCCEEDED", "FAILED") == "SUCCEEDED", launch(env, "logs", job).stdout
+    assert "loss" in (run / "metrics.jsonl").read_text()
+    assert list((run / "checkpoints").glob("step-*/tensors-00001.safetensors"))  # two workers wrote it
+
+
 def test_a_failing_job_says_why_and_a_running_one_can_be_stopped(env: dict[str, str], tmp_path: Path) -> None:
     failing = submit(env, "shard", "recipes/demo/shard.toml", f"input={tmp_path}/nothing.csv")
     running = submit(env, "hospital", f"out={tmp_path / 'large'}", "patients=100000000")

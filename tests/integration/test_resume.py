@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import wandb_files
 from corpora import tiny_corpus
 
 from cluster import storage, tracking
@@ -96,6 +97,8 @@ def random_step() -> int:
 def assert_one_curve(run: Path, unbroken: Path) -> None:
     assert losses(run) == losses(unbroken)  # every loss to the last bit; no step missing or doubled
     assert final_tensors(run) == final_tensors(unbroken)
+    assert wandb_files.curve(run, "loss") == dict(losses(run))  # W&B shows the same curve, under one id
+    assert len({segment.name for segment in wandb_files.segments(run)}) == 1
     events = [line for line in tracking.read(str(run)) if line.get("event") == "resumed"]
     assert len(events) == 1
     assert events[0]["step"] % 20 == 0
@@ -124,3 +127,18 @@ def test_kill_of_the_whole_job(tmp_path: Path, corpus: str, unbroken: Path) -> N
     assert "from step" in said
     assert_one_curve(run, unbroken)
     assert "nothing left to do" in finish(start(run, corpus))
+
+
+def test_torchrun_without_ray_gives_the_same_bits(tmp_path: Path, corpus: str, unbroken: Path) -> None:
+    run = tmp_path / "run"
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(run=run, corpus=corpus, steps=STEPS))
+    (tmp_path / "ray.py").write_text("raise ImportError('there is no Ray here')\n")
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "pretrain.train", str(recipe)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(run) == losses(unbroken)
+    assert final_tensors(run) == final_tensors(unbroken)
+    assert (run / "plots/loss.png").exists()

@@ -1,10 +1,7 @@
-import json
-import struct
-import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
+import wandb_files
 
 from cluster import storage, tracking
 from cluster.tracking import TrackingConfig
@@ -43,38 +40,19 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in tracking.read(str(tmp_path))] == [1, 2]
 
 
-def wandb_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of an offline `.wandb` file: a 7-byte header, then LevelDB-like records in 32 KiB blocks."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, buffer, rows = path.read_bytes(), 7, b"", []
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        checksum, length, kind = struct.unpack("<IHB", data[place : place + 7]) if left >= 7 else (0, 0, 0)
-        if kind == 0:
-            place += left
-            continue
-        part = data[place + 7 : place + 7 + length]
-        assert zlib.crc32(part, zlib.crc32(bytes([kind]))) & 0xFFFFFFFF == checksum
-        place += 7 + length
-        buffer = part if kind in (1, 2) else buffer + part
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record.FromString(buffer)
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
-
-
 def test_wandb_offline_mirrors_under_one_id(tmp_path: Path) -> None:
     offline = TrackingConfig(wandb="offline")
     log_steps(str(tmp_path), range(1, 4), None, offline)
     log_steps(str(tmp_path), range(3, 6), 2, offline)
-    segments = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(segments) == 2
-    assert {segment.name for segment in segments} == {"run-abc123.wandb"}
-    rows = [row for segment in segments for row in wandb_history(segment)]
-    assert {row["_step"]: row["loss"] for row in rows} == {step: 1 / (step + 1) for step in range(1, 6)}
+    segments = wandb_files.segments(tmp_path)
+    assert [segment.name for segment in segments] == ["run-abc123.wandb"] * 2
+    assert wandb_files.curve(tmp_path, "loss") == {step: 1 / (step + 1) for step in range(1, 6)}
+
+
+def test_wandb_gets_again_what_a_kill_took_from_it(tmp_path: Path) -> None:
+    log_steps(str(tmp_path), range(1, 8), None)  # metrics.jsonl has these lines, W&B nothing of them
+    log_steps(str(tmp_path), range(6, 9), 5, TrackingConfig(wandb="offline"))
+    assert wandb_files.curve(tmp_path, "loss") == {step: 1 / (step + 1) for step in range(1, 9)}
 
 
 def test_remote_metrics_are_there_after_a_flush(tmp_path: Path) -> None:
