@@ -7,6 +7,7 @@ command line.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -20,8 +21,10 @@ from cluster import logs as terminal
 from cluster.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-EXCLUDED = [".git", ".venv", "runs", "wandb", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+EXCLUDED = [".git", ".venv", "runs", "wandb", "**/__pycache__", "**/.*_cache", ".hypothesis"]
 PASSED_ON = ("WANDB_API_KEY", "WANDB_BASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+# A cluster that has just started answers before its nodes can take a job.
+AGENT_SECONDS = 60
 SUBMITTED = ("hospital", "shard", "pretrain", "evaluate", "generate", "finetune")
 
 
@@ -32,7 +35,9 @@ def _client(args: list[str]) -> tuple[JobSubmissionClient, list[str]]:
     address = given[-1] if given else os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets the variable win over the argument
     try:
-        return JobSubmissionClient(address), rest
+        client = JobSubmissionClient(address)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it lists every file that it does not ship
+        return client, rest
     except (ConnectionError, RuntimeError) as exc:
         raise ConfigError(f"{address}: no Ray cluster answers there; start one or give cluster=URL ({exc})") from exc
 
@@ -45,15 +50,21 @@ def submit(args: list[str]) -> None:
     recipe = next((word for word in words[1:] if "=" not in word), "")
     subject = re.sub(r"[^a-zA-Z0-9]+", "-", recipe.removesuffix(".toml").removeprefix("recipes/")).strip("-")
     job = f"{words[0]}-{subject + '-' if subject else ''}{time.strftime('%m%d-%H%M%S')}"
-    client.submit_job(
-        entrypoint=shlex.join(["python", "-m", "cluster.cli", *words]),
-        submission_id=job,
-        runtime_env={
-            "working_dir": str(ROOT),
-            "excludes": EXCLUDED,
-            "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ},
-        },
-    )
+    environment = {
+        "working_dir": str(ROOT),
+        "excludes": EXCLUDED,
+        "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ},
+    }
+    entrypoint = shlex.join(["python", "-m", "cluster.cli", *words])
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=environment)
+            break
+        except RuntimeError as exc:
+            if "No available agent" not in str(exc) or time.monotonic() > deadline:
+                raise ConfigError(f"{client.get_address()}: the cluster refused the job: {exc}") from exc
+            time.sleep(1)
     terminal.say(f"submitted {job}; follow it with ./launch.sh logs {job}")
 
 

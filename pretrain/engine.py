@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -70,19 +69,15 @@ class Workers:
         self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        if "MASTER_ADDR" not in os.environ:
+        backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_seconds)
+        if self._owns_group and "MASTER_ADDR" not in os.environ:
             if self.world > 1:
                 raise ConfigError(
                     "WORLD_SIZE is set but MASTER_ADDR is not; start with torchrun or ./launch.sh pretrain"
                 )
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone, MASTER_PORT=str(_free_port()))
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(seconds=timeout_seconds),
-            verbose=False,
-        )
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; RANK would be taken for torchrun's
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
     @property
     def first(self) -> bool:
@@ -111,12 +106,6 @@ class Workers:
         """Leaves the process group that was entered here."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Objective(nn.Module):

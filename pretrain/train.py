@@ -112,6 +112,8 @@ def _train(recipe: TrainRecipe, workers: Workers) -> None:
         if folder is not None:
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chartlm-")))
             state = checkpoint.resume(folder, engine, lanes, cache)
+            if state.step >= steps:
+                return  # finished before; there is nothing to add to its metrics
         if state.carry is None:
             state = replace(state, carry=model.initial_carry(len(lanes)))
         track = None
@@ -286,3 +288,7 @@ if __name__ == "__main__":
     from cluster import cli
 
     cli.run_verb("pretrain", sys.argv[1:])
+    # All is written. When Python finalizes, threads of torch's that wait for the interpreter can abort the process
+    # (seen once in about 100 starts), and torchrun would take the finished run for a failed one.
+    sys.stdout.flush()
+    os._exit(0)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent
-RUNNER = "import pickle, sys; f, a = pickle.load(sys.stdin.buffer); f(*a)"
+# Left by os._exit: when Python finalizes, threads of torch's that wait for the interpreter can abort the process.
+RUNNER = "import os, pickle, sys; f, a = pickle.load(sys.stdin.buffer); f(*a); sys.stdout.flush(); os._exit(0)"
 
 
 def run_on_ranks(world: int, function: Callable[..., None], *args: Any) -> None:

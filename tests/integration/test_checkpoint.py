@@ -91,6 +91,23 @@ def copy_of(run: Path, target: Path) -> Path:
     return Path(shutil.copytree(run, target / "copy"))
 
 
+def test_run_again_changes_nothing(finished: Path, tmp_path: Path, corpus: str) -> None:
+    run = copy_of(finished, tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    run_on_ranks(1, train_some, str(run), corpus, {})
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_alone_leaves_no_trace_in_the_environment(finished: Path, corpus: str) -> None:
+    """RANK in the environment would make every later `pretrain` of this process take itself for torchrun's."""
+    import os
+
+    with pytest.raises(ConfigError):
+        train.train(recipe(finished, corpus, seed=2))
+    assert "RANK" not in os.environ
+    assert "MASTER_ADDR" not in os.environ
+
+
 def test_files_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {"recipe.toml", "metrics.jsonl", "run.json", "tokenizer.model", "checkpoints"}

@@ -29,7 +29,7 @@ def test_summary(desk: Path) -> None:
     assert summary["readmission_auroc_low"] > 0.5
     assert summary["readmission_auroc_low"] < summary["readmission_auroc"] < summary["readmission_auroc_high"]
     assert 0.5 < summary["baseline_auroc"] < 1
-    assert 0 < summary["resumed_from_step"] <= summary["interrupted_at_step"]
+    assert 0 < summary["resumed_from_step"] <= summary["interrupted_at_step"] < 1000  # half way of 1,107
     assert 0 < summary["peak_memory_bytes"] <= 4 << 30
     assert summary["seconds"] > 0
 

@@ -1,5 +1,6 @@
 """SIGKILL of a training worker, and of the whole job: the same command ends with the same bits. Real Ray and kills."""
 
+import contextlib
 import os
 import random
 import signal
@@ -118,11 +119,14 @@ def test_kill_of_the_whole_job(tmp_path: Path, corpus: str, unbroken: Path) -> N
     run = tmp_path / "run"
     process = start(run, corpus)
     wait_for_step(run, random_step(), process)
-    workers = training_workers(process)
-    assert len(workers) == 2
-    os.kill(process.pid, signal.SIGKILL)
+    assert len(training_workers(process)) == 2
+    job = psutil.Process(process.pid)
+    tree = [job, *job.children(recursive=True)]  # the command, Ray, the workers: as when the machine is switched off
+    for part in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            part.send_signal(signal.SIGKILL)
     process.wait()
-    assert psutil.wait_procs(workers, timeout=60)[1] == []  # nobody outlives the job and writes on
+    assert psutil.wait_procs(tree, timeout=60)[1] == []
     said = finish(start(run, corpus))
     assert "from step" in said
     assert_one_curve(run, unbroken)

@@ -201,7 +201,8 @@ def test_killed_in_any_step_and_run_again_gives_the_same_bytes(
     assert content(output) == content(made)
     assert not list(output.glob(".*"))
     blocks = len(list(recipe(source, output).reader.blocks(str(source), int(0.02 * (1 << 20)))))
-    assert redone["read_block"] == blocks - finished_before
+    # Fewer are redone where tasks in flight at the kill came to their end.
+    assert redone["read_block"] <= blocks - finished_before
     if step == "write_shards":
         assert redone["count_words"] == 0
         assert redone["write_shards"] <= blocks - after
