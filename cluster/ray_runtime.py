@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray prints a paragraph for every worker that dies; whoever runs tasks here says it in a line.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+# The first error of a batch of tasks is raised; those of its neighbours, cancelled with it, are nobody's to fetch.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 # A controller that polls every 2 s (the default) notices a dead worker late.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
