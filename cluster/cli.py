@@ -33,6 +33,9 @@ VERBS = {
         "hospital out=DIR patients=400", "write a synthetic hospital in MIMIC-III's format", "sharding.synthetic"
     ),
     "shard": Verb("shard RECIPE input=FILE", "notes → cleaned, tokenized Arrow shards", "sharding.job"),
+    "check": Verb("check NOTEEVENTS.csv.gz", "compare a file with the counts of MIMIC-III v1.4", "sharding.check"),
+    "verify": Verb("verify SHARDS", "find every damaged or foreign file of a corpus", "sharding.verify"),
+    "stats": Verb("stats SHARDS", "what a corpus is made of, as tables and stats.png", "sharding.stats"),
     "pretrain": Verb("pretrain RECIPE", "train a language model on shards; again = resume", "pretrain.train"),
     "evaluate": Verb("evaluate RUN [split=test]", "perplexity, bits per byte, accuracy", "pretrain.evaluate"),
     "generate": Verb('generate RUN prompt="blood loss"', "text from a trained model", "pretrain.generate"),

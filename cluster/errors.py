@@ -4,7 +4,8 @@
     ├── ConfigError    a recipe, an override, a verb
     ├── DataError      notes, tables, shards, tokenizers
     ├── StorageError   files and URLs: missing, unreadable, no space left
-    └── TrainingError  a run that must not go on (a loss that is not finite, a damaged checkpoint)
+    ├── TrainingError  a run that must not go on (a loss that is not finite, a damaged checkpoint)
+    └── ClusterError   Ray, a node or too many workers died; the same command goes on
 
 The command line prints the message and exits with `exit_code`; it shows no traceback for these. Messages carry
 identifiers and counts, never text of a note.
@@ -31,5 +32,11 @@ class StorageError(ChartlmError):
 
 class TrainingError(ChartlmError):
     """A training run that must stop before it does damage."""
+
+    exit_code = 3
+
+
+class ClusterError(ChartlmError):
+    """Machines that failed under a job which is itself in order."""
 
     exit_code = 3

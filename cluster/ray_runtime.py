@@ -25,7 +25,7 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 
-from cluster.errors import ChartlmError, StorageError, TrainingError
+from cluster.errors import ChartlmError, ClusterError, StorageError, TrainingError
 
 ResultT = TypeVar("ResultT")
 
@@ -48,8 +48,8 @@ def stop() -> None:
 
 
 def cpus() -> int:
-    """Number of CPUs of the cluster that was joined."""
-    return int(ray.cluster_resources().get("CPU", 1))
+    """Number of CPUs of the cluster that was joined; 1 without one."""
+    return int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
 
 
 def map_tasks(
@@ -58,9 +58,14 @@ def map_tasks(
     """Runs `task(*item)` for every item as Ray tasks of one CPU; yields (index of the item, result) as they end.
 
     Items are taken lazily, at most `in_flight` at a time, so a stream larger than memory may be given. A task whose
-    worker process dies is run again up to `retries` times: tasks must be pure or write atomically. An error of the
-    user's making (ChartlmError) raised inside a task comes out as itself; what still runs is cancelled.
+    worker process dies is run again up to `retries` times: tasks must be pure or write atomically. Where tasks fail,
+    the error of the first item that fails is raised, whichever failed sooner: an error of the user's making
+    (ChartlmError) comes out as itself; what still runs is cancelled. Without `start` the tasks run in this process.
     """
+    if not ray.is_initialized():
+        for index, item in enumerate(items):
+            yield index, task(*item)
+        return
     remote = ray.remote(num_cpus=1, max_retries=retries)(task)
     running: dict[Any, int] = {}
     try:
@@ -75,6 +80,11 @@ def map_tasks(
             ray.cancel(reference, force=True)
 
 
+def results(task: Callable[..., ResultT], items: Iterable[tuple[Any, ...]], *, in_flight: int) -> list[ResultT]:
+    """What `map_tasks` yields, all of it, in the order of the items."""
+    return [result for _, result in sorted(map_tasks(task, items, in_flight=in_flight), key=lambda pair: pair[0])]
+
+
 def _finished(running: dict[Any, int]) -> Iterator[tuple[int, Any]]:
     done, _ = ray.wait(list(running), num_returns=1)
     for reference in done:
@@ -82,7 +92,21 @@ def _finished(running: dict[Any, int]) -> Iterator[tuple[int, Any]]:
         try:
             yield index, ray.get(reference)
         except ray.exceptions.RayTaskError as exc:
-            raise _own_error(exc.cause, exc) from exc
+            raise _first_error(running, index, exc) from exc
+        except ray.exceptions.RayError as exc:
+            lost = f"{type(exc).__name__}: {_first_line(exc)}"
+            raise ClusterError(f"Ray lost a task for good ({lost}); the same command goes on from here") from exc
+
+
+def _first_error(running: dict[Any, int], index: int, error: ray.exceptions.RayTaskError) -> BaseException:
+    """The error of the lowest item among a failed one and those before it that still run."""
+    for reference in sorted((ref for ref, earlier in running.items() if earlier < index), key=running.__getitem__):
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayTaskError as exc:
+            error = exc
+            break
+    return _own_error(error.cause, error)
 
 
 def _own_error(cause: BaseException | None, otherwise: BaseException) -> BaseException:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from cluster.errors import StorageError
+from cluster.errors import ConfigError, StorageError
 
 CHUNK_BYTES = 4 << 20
 
@@ -77,6 +79,49 @@ def reader(url: str, compression: str | None = "infer") -> Iterator[BinaryIO]:
     """Binary stream of a URL; `.gz`, `.bz2`, `.xz`, `.zst` are decompressed unless `compression=None`."""
     with _named(url, "reading"), fsspec.open(url, "rb", compression=compression) as stream:
         yield cast(BinaryIO, stream)
+
+
+def is_compressed(url: str) -> bool:
+    """Whether the ending of the name tells of a compressed file (`.gz`, `.bz2`, `.xz`, `.zst`)."""
+    return fsspec.utils.infer_compression(url) is not None
+
+
+@contextlib.contextmanager
+def decompressed(url: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The decompressed stream of a URL and the stored one below it, whose `tell` says how far it has been read."""
+    with reader(url, compression=None) as stored, _named(url, "decompressing"):
+        name = fsspec.utils.infer_compression(url)
+        with contextlib.closing(fsspec.compression.compr[name](stored, mode="rb")) as stream:
+            yield cast(BinaryIO, stream), stored
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of the stored file. Raises StorageError where it ends before."""
+    with reader(url, compression=None) as stream, _named(url, "reading"):
+        stream.seek(start)
+        data = stream.read(end - start)
+    if len(data) != end - start:
+        raise StorageError(f"{url}: ends before byte {end}; it was changed while it was read")
+    return data
+
+
+def expand(url: str) -> list[str]:
+    """The files a URL names, sorted: itself, all below a folder, or those that match its `*`, `?`, `[…]`.
+
+    Hidden files and markers such as `_SUCCESS` are left out. Raises StorageError where there is none.
+    """
+    filesystem, path = _filesystem(url)
+    with _named(url, "listing"):
+        if fsspec.core.has_magic(path):
+            found = filesystem.glob(path)
+        elif filesystem.isdir(path):
+            found = filesystem.find(path)
+        else:
+            return [url]
+    kept = sorted(name for name in found if not name.rsplit("/", 1)[-1].startswith((".", "_")))
+    if not kept:
+        raise StorageError(f"{url}: no such file; check the path")
+    return kept if is_local(url) else [filesystem.unstrip_protocol(name) for name in kept]
 
 
 @contextlib.contextmanager
@@ -171,6 +216,35 @@ def sha256(url: str) -> str:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# Name of the file by which a process holds a folder.
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def held(folder: str, busy: str, patience_seconds: float = 0.0) -> Iterator[None]:
+    """Keeps every other process of this machine out of a folder; raises ConfigError(`busy`) where one is in it.
+
+    The lock ends with the process, however it dies. An object store has no locks: nothing is held there.
+    """
+    if not is_local(folder):
+        yield
+        return
+    with _named(folder, "locking"):
+        local_path(folder).mkdir(parents=True, exist_ok=True)
+        lock = open(local_path(folder) / LOCK, "a")  # noqa: SIM115 - closed below
+    with lock:
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(busy) from None
+                time.sleep(0.2)
+        yield
 
 
 def remove(url: str) -> None:

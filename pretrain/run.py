@@ -9,11 +9,8 @@ same command again goes on; another recipe is refused.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import tempfile
-import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,30 +71,13 @@ def enter(run: str, recipe: config.Section, corpus: Corpus) -> dict[str, Any]:
     return begun
 
 
-@contextlib.contextmanager
-def held(run: str, patience_seconds: float = 60.0) -> Iterator[None]:
+def held(run: str) -> contextlib.AbstractContextManager[None]:
     """Keeps every other process of this machine from training in the same directory.
 
     The lock ends with the process, however it dies; a restarted worker waits for the one it replaces.
     """
-    if not storage.is_local(run):
-        yield  # an object store has no locks
-        return
-    folder = storage.local_path(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        deadline = time.monotonic() + patience_seconds
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"{run}: another process is training in it; wait for it, stop it, or choose another run_dir="
-                    ) from None
-                time.sleep(0.2)
-        yield
+    busy = f"{run}: another process is training in it; wait for it, stop it, or choose another run_dir="
+    return storage.held(run, busy, patience_seconds=60)
 
 
 @dataclass(frozen=True)

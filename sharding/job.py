@@ -1,6 +1,7 @@
-"""`./launch.sh shard RECIPE`: a file of raw notes becomes a corpus of token shards.
+"""`./launch.sh shard RECIPE`: files of raw notes become a corpus of token shards.
 
-    plan → read* → survey (duplicates, splits) → count words* → tokenizer → write shards* → manifest (* tasks)
+    plan → read* → survey (duplicates, splits, order) → count words* → tokenizer → encode* → pack* → manifest
+                                                                                        (* tasks)
 
 The same input and recipe give the same bytes whatever the number of workers, the order in which tasks end,
 and how often the job was killed: blocks are cut by content, every choice is a pure function of the note, and
@@ -10,6 +11,8 @@ duplicates are found in input order. `plan.json` is written first and says what 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import time
 import tomllib
@@ -19,38 +22,44 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from cluster import config, logs, ray_runtime, storage
 from cluster.config import Section
 from cluster.errors import ConfigError, DataError
-from sharding import parts, tokenizer
+from sharding import parts, stats, tokenizer
 from sharding.clean import CLASS_TOKENS, CleanConfig
 from sharding.readers import ReaderConfig
-from sharding.schema import FORMAT_VERSION, SPLITS
-from sharding.shards import MANIFEST, TOKENIZER, Corpus, content_fingerprint
+from sharding.schema import FORMAT_VERSION, SPLITS, Run
+from sharding.shards import MANIFEST, PLAN, SHARD_NAME, TOKENIZER, Corpus, content_fingerprint, sealed
 from sharding.splits import SplitConfig
+from sharding.stats import STATS
 from sharding.survey import Survey, survey
 from sharding.tokenizer import Tokenizer, TokenizerConfig
 
-PLAN = "plan.json"
 WORK = "work"
-SHARD_NAME = rf"({'|'.join(SPLITS)})-\d+\.arrow"
 # What may differ between two runs that make the same corpus.
 IRRELEVANT = {"input", "output", "workers", "tokenizer_from"}
 
 
 class ShardRecipe(Section):
-    """All that decides about a corpus. The tokenizer is trained here or taken from another corpus."""
+    """All that decides about a corpus. The tokenizer is trained here or taken from another corpus.
+
+    `input` is a file, a folder, or a pattern with `*`. `block_mib` is the size of a task's input and of a shard's text.
+    """
 
     input: str
     output: str
     reader: Annotated[ReaderConfig, Field(discriminator="name")]
     clean: CleanConfig = CleanConfig()
-    dedup: Literal["exact", "off"] = "exact"
+    dedup: Literal["off", "exact", "near"] = "exact"
+    near_similarity: float = Field(default=0.7, gt=0, le=1)  # Jaccard; as Gabriel et al. 2018 for MIMIC-III
     splits: SplitConfig = SplitConfig()
     tokenizer: TokenizerConfig | None = None
     tokenizer_from: str | None = None
+    order: Literal["notes", "patients"] = "notes"  # shuffled notes; shuffled patients, notes in time order
+    seed: int = Field(default=1, ge=0)  # of the order
     block_mib: float = Field(default=64, gt=0, le=512)
     workers: int = Field(default=0, ge=0)  # tasks at a time; 0: one for every CPU of the cluster
 
@@ -58,6 +67,13 @@ class ShardRecipe(Section):
     def _one_tokenizer(self) -> ShardRecipe:
         if (self.tokenizer is None) == (self.tokenizer_from is None):
             raise ValueError("give either a [tokenizer] section or tokenizer_from=URL of another corpus")
+        return self
+
+    @model_validator(mode="after")
+    def _patients_are_known(self) -> ShardRecipe:
+        if getattr(self.reader, "patient_id", "known") is None and (self.dedup == "near" or self.order == "patients"):
+            key = "dedup='near'" if self.dedup == "near" else "order='patients'"
+            raise ValueError(f"{key} looks at the notes of a patient; name the column in reader.patient_id")
         return self
 
 
@@ -70,30 +86,39 @@ def run(recipe: ShardRecipe) -> Corpus:
     """Makes the corpus of a recipe, or goes on making it, or finds that it is there already."""
     donor = Corpus.open(recipe.tokenizer_from) if recipe.tokenizer_from else None
     # Tasks run in other processes, whose working directory may be another one.
-    local = storage.is_local(recipe.output)
-    output = str(storage.local_path(recipe.output).resolve()) if local else recipe.output
-    plan = _plan(recipe, donor)
-    if (finished := _adopt(output, plan)) is not None:
-        logs.say(f"{recipe.output}: complete, {_notes(finished.manifest):,} notes; nothing left to do")
-        return finished
-    ray_runtime.start(recipe.workers)
-    try:
-        manifest = _make(recipe, output, plan, donor)
-    except (DataError, ConfigError):
-        # The input or the recipe has to change, and then nothing made so far can be used. It holds note text.
-        _discard(output)
-        raise
-    _show(recipe.output, manifest)
+    output = storage.absolute(recipe.output)
+    sources = storage.expand(storage.absolute(recipe.input))
+    plan = _plan(recipe, sources, donor)
+    with storage.held(output, f"{recipe.output}: another process is writing shards there; wait for it or stop it"):
+        if (finished := _adopt(output, plan)) is not None:
+            logs.say(f"{recipe.output}: complete, {_notes(finished.manifest):,} notes; nothing left to do")
+            return finished
+        if not any(url.startswith("memory://") for url in (output, *sources)):
+            ray_runtime.start(recipe.workers)  # memory:// lives in this process only, and so do its tasks
+        try:
+            manifest = _Job(recipe, sources, output, plan, donor).make()
+        except (DataError, ConfigError):
+            # The input or the recipe has to change, and then nothing made so far can be used. It holds note text.
+            _discard(output)
+            raise
+    _show(recipe.output, manifest, storage.read_json(storage.join(output, STATS)))
     return Corpus.open(output)
 
 
-def _plan(recipe: ShardRecipe, donor: Corpus | None) -> dict[str, Any]:
+def _plan(recipe: ShardRecipe, sources: list[str], donor: Corpus | None) -> dict[str, Any]:
     """What the bytes of the corpus depend on, and nothing else."""
     decisive = {key: value for key, value in config.dump(recipe).items() if key not in IRRELEVANT}
+    if recipe.dedup != "near":
+        del decisive["near_similarity"]
     if donor is not None:
         decisive["tokenizer"] = donor.manifest["tokenizer"]
-    source = {"size": storage.size_bytes(recipe.input), "sha256": storage.sha256(recipe.input)}
-    return {"format": FORMAT_VERSION, "recipe": decisive, "input": source}
+    digests = [storage.sha256(url) for url in sources]
+    content = {
+        "files": len(sources),
+        "size": sum(map(storage.size_bytes, sources)),
+        "sha256": digests[0] if len(digests) == 1 else config.fingerprint(digests),
+    }
+    return sealed({"format": FORMAT_VERSION, "recipe": decisive, "input": content})
 
 
 def _adopt(output: str, plan: dict[str, Any]) -> Corpus | None:
@@ -101,7 +126,7 @@ def _adopt(output: str, plan: dict[str, Any]) -> Corpus | None:
     plan_url, manifest_url = storage.join(output, PLAN), storage.join(output, MANIFEST)
     work = storage.join(output, WORK)
     if not storage.exists(plan_url):
-        foreign = [name for name in storage.names(output) if name != WORK]
+        foreign = [name for name in storage.names(output) if name not in (WORK, storage.LOCK)]
         foreign += [name for name in storage.names(work) if not name.startswith(parts.NAMES)]
         if foreign:
             raise ConfigError(f"{output}: holds {foreign[0]} but no {PLAN} of shards; choose another output=")
@@ -109,6 +134,7 @@ def _adopt(output: str, plan: dict[str, Any]) -> Corpus | None:
         storage.write_json(plan_url, plan)
         return None
     if changed := config.differences(storage.read_json(plan_url), plan):
+        changed = [change for change in changed if not change.startswith("checksum")] or changed
         raise ConfigError(f"{output}: holds another corpus ({'; '.join(changed)}); choose another output=")
     if not storage.exists(manifest_url):
         return None
@@ -124,137 +150,236 @@ def _adopt(output: str, plan: dict[str, Any]) -> Corpus | None:
 
 def _discard(output: str) -> None:
     for name in storage.names(output):
-        if name in (PLAN, WORK, TOKENIZER, MANIFEST) or re.fullmatch(SHARD_NAME, name):
+        if name in (PLAN, WORK, TOKENIZER, STATS, MANIFEST) or re.fullmatch(SHARD_NAME, name):
             storage.remove(storage.join(output, name))
 
 
-def _make(recipe: ShardRecipe, output: str, plan: dict[str, Any], donor: Corpus | None) -> dict[str, Any]:
-    """All steps from notes to manifest; each finds what an earlier run has done of it."""
-    work = storage.join(output, WORK)
-    at_a_time = recipe.workers or ray_runtime.cpus()
-    read = _read(recipe, work, plan["input"]["size"], at_a_time)
-    found = survey(work, [part["index"] for part in read], exact=recipe.dedup == "exact")
-    drops = sum((Counter(part["drops"]) for part in read), Counter({"duplicate": found.duplicates}))
-    rows = sum(part["rows"] for part in read)
-    _check(recipe, rows, found, drops)
-    model = _tokenizer(recipe, output, work, found.keep, donor, at_a_time)
-    written = _write(output, work, found.keep, model, at_a_time)
-    splits = {split: _split_entry(split, written, found.patients[split]) for split in SPLITS}
-    manifest = {
-        "format": FORMAT_VERSION,
-        "version": _version(),
-        "recipe": plan["recipe"],
-        "input": plan["input"] | {"name": recipe.input.rsplit("/", 1)[-1]},
-        "tokenizer": {
-            "file": TOKENIZER,
-            "sha256": model.sha256,
-            "vocab_size": model.vocab_size,
-            "bos": model.bos,
-            "eos": model.eos,
-        },
-        "dtype": str(model.dtype),
-        "splits": splits,
-        "rows_read": rows,
-        "drops": dict(sorted(drops.items())),
-    }
-    manifest["fingerprint"] = content_fingerprint(manifest)
-    if _notes(manifest) + drops.total() != rows:
-        raise DataError(f"{recipe.input}: {rows:,} records read but {_notes(manifest):,} written; report this")
-    if storage.is_local(output):
-        for orphan in storage.local_path(output).glob(".*.tmp"):
-            orphan.unlink()  # a killed run was writing it
-    storage.write_json(storage.join(output, MANIFEST), manifest)
-    storage.remove(work)
-    return manifest
+class _Job:
+    """One run of the job: every step finds what an earlier run has done of it."""
 
+    def __init__(
+        self, recipe: ShardRecipe, sources: list[str], output: str, plan: dict[str, Any], donor: Corpus | None
+    ) -> None:
+        self.recipe, self.sources, self.output, self.plan, self.donor = recipe, sources, output, plan, donor
+        self.work = storage.join(output, WORK)
+        self.at_a_time = recipe.workers or ray_runtime.cpus()
+        self._run: Run = functools.partial(ray_runtime.results, in_flight=self.at_a_time)
+        self.block_bytes = max(int(recipe.block_mib * (1 << 20)), 1)
 
-def _read(recipe: ShardRecipe, work: str, stored_bytes: int, at_a_time: int) -> list[dict[str, Any]]:
-    """Makes the parts; returns their counts in input order."""
-    all_read = storage.join(work, "read.json")
-    if storage.exists(all_read):
-        known = [parts.done(work, "part", index, work) for index in range(storage.read_json(all_read))]
-        if all(known):
-            return [part for part in known if part]
-    found: dict[int, dict[str, Any]] = {}
+    def make(self) -> dict[str, Any]:
+        """All steps from notes to manifest, which is returned."""
+        recipe = self.recipe
+        read = self._read()
+        found = survey(
+            self.work,
+            read,
+            recipe.dedup,
+            recipe.near_similarity,
+            recipe.order,
+            self.block_bytes,
+            recipe.seed,
+            self._run,
+        )
+        rows = sum(part["rows"] for part in read)
+        counted_drops = Counter(found.drops)
+        for part in read:
+            counted_drops.update(part["drops"])
+        drops = dict(sorted(counted_drops.items()))
+        self._check(rows, found, drops)
+        model = self._tokenizer(found)
+        encoded = self._encode(read, found, model)
+        packed = self._pack(found, encoded, model)
+        by_split = {
+            split: [sidecar for name, sidecar in packed.items() if name.startswith(f"{split}-")] for split in SPLITS
+        }
+        counted = {split: [sidecar["stats"] for sidecar in sidecars] for split, sidecars in by_split.items()}
+        storage.write_json(storage.join(self.output, STATS), sealed(stats.whole(counted, encoded, rows, drops)))
+        manifest = {
+            "format": FORMAT_VERSION,
+            "version": _version(),
+            "recipe": self.plan["recipe"],
+            "tokenizer": {
+                "file": TOKENIZER,
+                "sha256": model.sha256,
+                "vocab_size": model.vocab_size,
+                "kind": model.kind,
+                "bos": model.bos,
+                "eos": model.eos,
+            },
+            "dtype": str(model.dtype),
+            "splits": {split: _split_entry(by_split[split], found.patients[split]) for split in SPLITS},
+            "rows_read": rows,
+            "drops": drops,
+        }
+        manifest["fingerprint"] = content_fingerprint(manifest)
+        if _notes(manifest) + sum(drops.values()) != rows:
+            raise DataError(f"{recipe.input}: {rows:,} records read but {_notes(manifest):,} written; report this")
+        if storage.is_local(self.output):
+            for orphan in storage.local_path(self.output).glob(".*.tmp"):
+                orphan.unlink()  # a killed run was writing it
+        manifest = sealed(manifest)
+        storage.write_json(storage.join(self.output, MANIFEST), manifest)
+        storage.remove(self.work)
+        return manifest
 
-    def unread() -> Iterator[tuple[Any, ...]]:
-        for block in recipe.reader.blocks(recipe.input, int(recipe.block_mib * (1 << 20))):
-            if part := parts.done(work, "part", block.index, work):
-                found[block.index] = part
-            else:
-                yield block, recipe.reader, recipe.clean, recipe.splits, work
+    def _read(self) -> list[dict[str, Any]]:
+        """Makes the parts; returns their counts in input order."""
+        all_read = storage.join(self.work, "read.json")
+        if storage.exists(all_read):
+            known = [parts.done(self.work, "read", index) for index in range(storage.read_json(all_read))]
+            if all(known):
+                return [part for part in known if part]
+        found: dict[int, dict[str, Any]] = {}
+        file_of_block: dict[int, int] = {}
+        recipe = self.recipe
 
-    began, seen_bytes = time.monotonic(), 0
-    with logs.progress("read", stored_bytes) as advance:
-        for _, part in ray_runtime.map_tasks(parts.read_block, unread(), in_flight=at_a_time):
-            found[part["index"]] = part
-            seen_bytes += part["bytes_read"]
-            rate = seen_bytes / 1e6 / (time.monotonic() - began)
-            advance(max(done["stored_end"] for done in found.values()), f"{rate:.1f} MB/s")
-    storage.write_json(all_read, len(found))
-    return [found[index] for index in range(len(found))]
+        def unread() -> Iterator[tuple[Any, ...]]:
+            number = itertools.count()
+            for file, url in enumerate(self.sources):
+                for block in recipe.reader.blocks(url, self.block_bytes, self._run):
+                    index = next(number)
+                    file_of_block[index] = file
+                    if part := parts.done(self.work, "read", index):
+                        found[index] = part
+                    else:
+                        near = recipe.dedup == "near"
+                        yield index, block, recipe.reader, recipe.clean, recipe.splits, near, self.work
 
+        ends = np.cumsum([0, *map(storage.size_bytes, self.sources)])
+        with logs.progress("read", int(ends[-1])) as advance, _Rate() as rate:
+            for _, part in ray_runtime.map_tasks(parts.read_block, unread(), in_flight=self.at_a_time):
+                found[part["index"]] = part
+                rate.add(part["bytes_read"] / 1e6)
+                seen = max(ends[file_of_block[index]] + done["stored_end"] for index, done in found.items())
+                advance(int(seen), f"{rate.per_second:.1f} MB/s")
+        storage.write_json(all_read, len(found))
+        return [found[index] for index in range(len(found))]
 
-def _check(recipe: ShardRecipe, rows: int, found: Survey, drops: Counter[str]) -> None:
-    """Raises DataError where there is nothing to train on, before the long steps."""
-    kept = found.notes.total()
-    if not kept:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()) if count)
-        raise DataError(f"{recipe.input}: no notes left of {rows:,} records ({reasons or 'the file has none'})")
-    wanted = {"train": 1.0, "valid": recipe.splits.valid}
-    for split, fraction in wanted.items():
-        if fraction and not found.notes[split]:
+    def _check(self, rows: int, found: Survey, drops: dict[str, int]) -> None:
+        """Raises DataError where there is nothing to train on, before the long steps."""
+        kept = found.notes.total()
+        if not kept:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in drops.items() if count)
             raise DataError(
-                f"{recipe.input}: split {split!r} came out empty ({kept:,} notes, "
-                f"{sum(found.patients.values()):,} patients); change splits.valid, splits.test or splits.salt"
+                f"{self.recipe.input}: no notes left of {rows:,} records ({reasons or 'the file has none'})"
             )
+        wanted = {"train": 1.0, "valid": self.recipe.splits.valid}
+        for split, fraction in wanted.items():
+            if fraction and not found.notes[split]:
+                raise DataError(
+                    f"{self.recipe.input}: split {split!r} came out empty ({kept:,} notes, "
+                    f"{sum(found.patients.values()):,} patients); change splits.valid, splits.test or splits.salt"
+                )
+
+    def _tokenizer(self, found: Survey) -> Tokenizer:
+        """The tokenizer: found, taken from another corpus, or trained on the kept training notes."""
+        url = storage.join(self.output, TOKENIZER)
+        if self.donor is not None:
+            entry = self.donor.manifest["tokenizer"]
+            storage.write_bytes(url, storage.read_bytes(storage.join(self.donor.url, entry["file"])))
+            return Tokenizer(storage.read_bytes(url), bos=self.donor.tokenizer.bos, eos=self.donor.tokenizer.eos)
+        chosen = self.recipe.tokenizer
+        assert chosen is not None  # the recipe was validated
+        if not storage.exists(url):
+            total = tokenizer.thinned(self._count_words(found, chosen))
+            logs.say(f"training a {chosen.kind} tokenizer of {chosen.vocab_size:,} on {len(total):,} different words")
+            storage.write_bytes(url, tokenizer.train(total, chosen, CLASS_TOKENS))
+        return Tokenizer(storage.read_bytes(url), bos=chosen.bos, eos=chosen.eos)
+
+    def _count_words(self, found: Survey, chosen: TokenizerConfig) -> pa.Table:
+        """A table (word, count) over the kept training notes, or the sample of them that the recipe asks for."""
+        below = int(chosen.sample * 2**64) - 1
+        items = []
+        for index, shard in enumerate(found.shard):
+            counted = (shard >= 0) & (found.split[index] == SPLITS.index("train"))
+            counted &= found.digest[index] <= np.uint64(below)
+            items.append((self.work, index, counted, chosen.kind))
+        total = pa.table({"word": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
+        waiting: list[pa.Table] = []
+        with logs.progress("count words", len(items)) as advance:
+            done = enumerate(ray_runtime.map_tasks(parts.count_words, items, in_flight=self.at_a_time), 1)
+            for number, (_, words) in done:
+                waiting.append(words)
+                # Adding up costs as much as the sum is long, so it is done when that much has come.
+                if number == len(items) or sum(map(len, waiting)) > len(total):
+                    total, waiting = _added([total, *waiting]), []
+                advance(number, f"{len(total):,} different words")
+        return total
+
+    def _encode(self, read: list[dict[str, Any]], found: Survey, model: Tokenizer) -> list[dict[str, Any]]:
+        """Tokens of every part, cut by shard; returns their counts in input order."""
+        key = (model.sha256, model.bos, model.eos)
+        firsts = np.cumsum([0, *(part["rows"] for part in read)]).tolist()
+        done: dict[int, dict[str, Any]] = {}
+
+        def unencoded() -> Iterator[tuple[Any, ...]]:
+            for index in range(len(read)):
+                part = parts.done(self.work, "encode", index)
+                if part and part["tokenizer"] == model.sha256:
+                    done[index] = part
+                else:
+                    yield self.output, self.work, index, firsts[index], found.shard[index], found.place[index], key
+
+        with logs.progress("tokenize", len(read)) as advance, _Rate() as text, _Rate() as tokens:
+            for _, part in ray_runtime.map_tasks(parts.encode, unencoded(), in_flight=self.at_a_time):
+                done[part["index"]] = part
+                text.add(part["bytes"] / 1e6)
+                tokens.add(part["tokens"] / 1e6)
+                so_far = sum(part["tokens"] for part in done.values())
+                note = f"{so_far:,} tokens, {text.per_second:.1f} MB/s, {tokens.per_second:.2f} M tokens/s"
+                advance(len(done), note)
+        return [done[index] for index in range(len(read))]
+
+    def _pack(self, found: Survey, encoded: list[dict[str, Any]], model: Tokenizer) -> dict[str, dict[str, Any]]:
+        """The shards; returns their sidecars by name, in order."""
+        key = (model.sha256, model.bos, model.eos)
+        sources: list[list[tuple[int, int]]] = [[] for _ in found.shards]
+        for part in encoded:
+            for number, shard in enumerate(part["shards"]):
+                sources[shard].append((part["index"], number))
+        done: dict[str, dict[str, Any]] = {}
+
+        def unpacked() -> Iterator[tuple[Any, ...]]:
+            for name, batches in zip(found.shards, sources, strict=True):
+                if sidecar := parts.packed(self.output, name, key):
+                    done[name] = sidecar
+                else:
+                    yield self.output, self.work, name, batches, key
+
+        with logs.progress("write shards", len(found.shards)) as advance, _Rate() as rate:
+            for _, sidecar in ray_runtime.map_tasks(parts.pack, unpacked(), in_flight=self.at_a_time):
+                done[sidecar["shard"]["name"].removesuffix(".arrow")] = sidecar
+                rate.add(sidecar["shard"]["size"] / 1e6)
+                advance(len(done), f"{rate.per_second:.1f} MB/s")
+        return {name: done[name] for name in found.shards}
 
 
-def _tokenizer(
-    recipe: ShardRecipe, output: str, work: str, keep: list[np.ndarray], donor: Corpus | None, at_a_time: int
-) -> Tokenizer:
-    """The tokenizer: found, taken from another corpus, or trained on the kept training notes."""
-    url = storage.join(output, TOKENIZER)
-    if donor is not None:
-        storage.write_bytes(url, storage.read_bytes(storage.join(donor.url, donor.manifest["tokenizer"]["file"])))
-        return Tokenizer(storage.read_bytes(url), bos=donor.tokenizer.bos, eos=donor.tokenizer.eos)
-    assert recipe.tokenizer is not None  # the recipe was validated
-    if not storage.exists(url):
-        words: Counter[str] = Counter()
-        items = ((work, index, mask) for index, mask in enumerate(keep))
-        with logs.progress("count words", len(keep)) as advance:
-            for done, (_, counted) in enumerate(ray_runtime.map_tasks(parts.count_words, items, in_flight=at_a_time)):
-                words.update(counted)
-                advance(done + 1, f"{len(words):,} different words")
-        logs.say(f"training a {recipe.tokenizer.kind} tokenizer of {recipe.tokenizer.vocab_size:,} on them")
-        storage.write_bytes(url, tokenizer.train(words, recipe.tokenizer, CLASS_TOKENS))
-    return Tokenizer(storage.read_bytes(url), bos=recipe.tokenizer.bos, eos=recipe.tokenizer.eos)
+class _Rate:
+    """How much of something was done a second since the start."""
+
+    def __enter__(self) -> _Rate:
+        self._began, self._amount = time.monotonic(), 0.0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, amount: float) -> None:
+        self._amount += amount
+
+    @property
+    def per_second(self) -> float:
+        return self._amount / max(time.monotonic() - self._began, 1e-9)
 
 
-def _write(output: str, work: str, keep: list[np.ndarray], model: Tokenizer, at_a_time: int) -> list[dict[str, Any]]:
-    """Writes the shards of every part; returns the manifest entries by part and split."""
-    key = (model.sha256, model.bos, model.eos)
-    found: dict[int, dict[str, Any]] = {}
-
-    def unwritten() -> Iterator[tuple[Any, ...]]:
-        for index, mask in enumerate(keep):
-            part = parts.done(work, "shards", index, output)
-            if part and part["tokenizer"] == model.sha256:
-                found[index] = part
-            else:
-                yield output, work, index, mask, key
-
-    began, tokens = time.monotonic(), 0
-    with logs.progress("tokenize", len(keep)) as advance:
-        for _, part in ray_runtime.map_tasks(parts.write_shards, unwritten(), in_flight=at_a_time):
-            found[part["index"]] = part
-            tokens += sum(shard["tokens"] for shard in part["shards"].values())
-            advance(len(found), f"{tokens / 1e6 / (time.monotonic() - began):.2f} M tokens/s")
-    return [found[index]["shards"] for index in range(len(keep))]
+def _added(tables: list[pa.Table]) -> pa.Table:
+    """Word counts added up."""
+    summed = pa.concat_tables(tables).group_by("word").aggregate([("count", "sum")])
+    return summed.rename_columns({"count_sum": "count"}).select(["word", "count"]).combine_chunks()
 
 
-def _split_entry(split: str, written: list[dict[str, Any]], patients: int) -> dict[str, Any]:
-    shards = [part[split] for part in written if split in part]
+def _split_entry(sidecars: list[dict[str, Any]], patients: int) -> dict[str, Any]:
+    shards = [sidecar["shard"] for sidecar in sidecars]
     totals = {key: sum(shard[key] for shard in shards) for key in ("notes", "tokens", "bytes")}
     return totals | {"patients": patients, "shards": shards}
 
@@ -269,7 +394,7 @@ def _version() -> str:
     return str(project["version"])
 
 
-def _show(output: str, manifest: dict[str, Any]) -> None:
+def _show(output: str, manifest: dict[str, Any], counted: dict[str, Any]) -> None:
     logs.table(
         f"{output} ({manifest['tokenizer']['vocab_size']:,} token types)",
         ("split", "patients", "notes", "tokens", "text MB", "shards"),
@@ -288,3 +413,7 @@ def _show(output: str, manifest: dict[str, Any]) -> None:
     dropped = [(reason, f"{count:,}") for reason, count in manifest["drops"].items()]
     rows = [("kept", f"{_notes(manifest):,}"), *dropped, ("records read", f"{manifest['rows_read']:,}")]
     logs.table("records", ("what became of them", "number"), rows)
+    logs.say(
+        f"{counted['words']:,} words, {100 * counted['distinct_word_rate']:.2f}% of them different, "
+        f"{counted['out_of_vocabulary_words']:,} beyond the vocabulary; more: ./launch.sh stats {output}"
+    )

@@ -1,7 +1,8 @@
-"""Work parts: what tasks make of one block each, on the way to its shards.
+"""What tasks make of one block, and of one shard.
 
-    block ──read_block──► part-00000.arrow (cleaned notes) ──count_words──► words of its training notes
-                                                           └─write_shards──► train-00000.arrow, valid-…
+    block ──read_block──► part-00000.notes, .words, .vocabulary ──count_words──► words of its training notes
+                                                                └─encode──► part-00000.tokens, cut by shard
+    part-*.tokens ──pack──► train-00000.arrow and its sidecar train-00000.json
 
 A step's JSON is written after its files and makes them count; a step whose JSON is there with files of the
 right size is not done again. Steps are pure functions of their arguments, so a task that died may simply run
@@ -11,157 +12,263 @@ again. Parts hold note text: they lie in OUTPUT/work, which is removed when the 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster import storage
 from cluster.errors import StorageError
-from sharding.clean import CleanConfig, clean
-from sharding.dedup import text_digest
+from sharding import dedup, stats
+from sharding.clean import CleanConfig, clean_notes
 from sharding.readers import ReaderConfig
-from sharding.schema import SPLITS, Block
+from sharding.schema import SPLITS, Block, shard_schema
 from sharding.shards import TOKENIZER, write_shard
 from sharding.splits import SplitConfig, split_of
-from sharding.tokenizer import Tokenizer
-
-# Notes encoded at a time: bounds the memory for their words.
-ENCODED_NOTES = 1024
+from sharding.tokenizer import Tokenizer, units
 
 # How the names of work files begin.
-NAMES = ("part-", "shards-", "read.json")
+NAMES = ("part-", "read.json", "index.json")
 
-PART_SCHEMA = pa.schema(
+# One row per cleaned note, in input order; what decides about it, but not what it says.
+NOTE_SCHEMA = pa.schema(
     [
-        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("record", pa.int64(), nullable=False),  # from 0 within the block
+        pa.field("doc_id", pa.string()),
         pa.field("patient_id", pa.string(), nullable=False),
         pa.field("encounter_id", pa.string()),
         pa.field("category", pa.string()),
         pa.field("time", pa.string()),
         pa.field("n_bytes", pa.int64(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("digest", pa.binary(16), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
+        pa.field("split", pa.int8(), nullable=False),  # place in SPLITS
+        pa.field("digest", pa.binary(dedup.DIGEST_BYTES), nullable=False),
+        pa.field("sketch", pa.binary(dedup.SKETCH_BYTES)),  # only where near-duplicates are looked for
     ]
 )
 
 
-def part_url(work: str, index: int) -> str:
-    """Where the cleaned notes of a block lie."""
-    return storage.join(work, f"part-{index:05d}.arrow")
+def _url(work: str, index: int, kind: str) -> str:
+    return storage.join(work, f"part-{index:05d}.{kind}")
 
 
 def read_block(
-    block: Block, reader: ReaderConfig, cleaning: CleanConfig, splits: SplitConfig, work: str
+    index: int, block: Block, reader: ReaderConfig, cleaning: CleanConfig, splits: SplitConfig, near: bool, work: str
 ) -> dict[str, Any]:
     """Parses and cleans a block, gives each note its split, and writes the part. Returns its counts."""
     parsed = reader.parse(block)
-    drops = Counter(parsed.drops)
-    columns: list[list[Any]] = [[] for _ in PART_SCHEMA]
-    for document in parsed.documents:
-        text = clean(document.text, cleaning)
-        if not text.strip():
-            drops["empty"] += 1
-            continue
-        digest = text_digest(text)
-        patient = digest.hex() if document.patient_id is None else document.patient_id
-        row = (
-            document.doc_id,
-            patient,
-            document.encounter_id,
-            document.category,
-            document.time,
-            len(text.encode()),
-            split_of(patient, splits),
-            digest,
-            text,
-        )
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, PART_SCHEMA, strict=True)]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, PART_SCHEMA) as file:
-        file.write_batch(pa.RecordBatch.from_arrays(arrays, schema=PART_SCHEMA))
-    content = sink.getvalue()
-    storage.write_bytes(part_url(work, block.index), content)
-    counts = {
-        "index": block.index,
-        "rows": block.records,
-        "notes": len(columns[0]),
-        "drops": dict(sorted(drops.items())),
-        "bytes_read": len(block.data),
-        "stored_end": block.stored_end,
-        "files": {part_url("", block.index).strip("/"): content.size},
+    words = clean_notes(parsed.notes.column("text").combine_chunks(), cleaning)
+    hashes = dedup.word_hashes(words.vocabulary)
+    digests = dedup.note_digests(hashes, words.ids, words.offsets)
+    notes = parsed.notes.drop_columns(["text"]).append_column("n_bytes", pa.array(words.n_bytes))
+    notes = notes.append_column("digest", pa.array(digests, pa.binary(dedup.DIGEST_BYTES)))
+    own = pa.array([digest.hex() for digest in digests], pa.string())
+    patients = pc.coalesce(notes.column("patient_id"), own).combine_chunks()
+    notes = notes.set_column(notes.column_names.index("patient_id"), "patient_id", patients)
+    notes = notes.append_column("split", pa.array(_splits(patients, splits)))
+    sketches = _sketches(words.vocabulary, words.ids, words.offsets) if near else pa.nulls(len(notes))
+    notes = notes.append_column("sketch", sketches.cast(NOTE_SCHEMA.field("sketch").type))
+    lists = pa.ListArray.from_arrays(pa.array(words.offsets, pa.int32()), pa.array(words.ids))
+    filled = pa.array(~words.blank)
+    files = {
+        "notes": notes.select(NOTE_SCHEMA.names).cast(NOTE_SCHEMA).filter(filled),
+        "words": pa.table({"words": lists}).filter(filled),
+        "vocabulary": pa.table({"word": pa.array(words.vocabulary, pa.string()), "hash": pa.array(hashes)}),
     }
-    storage.write_json(storage.join(work, f"part-{block.index:05d}.json"), counts)
+    sizes = {}
+    for kind, table in files.items():
+        sizes[_url("", index, kind).strip("/")] = _write(_url(work, index, kind), [table])
+    drops = Counter(parsed.drops)
+    drops.update(empty=int(words.blank.sum()))
+    counts = {
+        "index": index,
+        "rows": parsed.records,
+        "notes": files["notes"].num_rows,
+        "drops": dict(sorted(drops.items())),
+        "bytes_read": int(words.n_bytes.sum()),
+        "stored_end": block.stored_end,
+        "files": sizes,
+    }
+    storage.write_json(storage.join(work, f"part-{index:05d}.read.json"), counts)
     return counts
 
 
-def done(work: str, step: str, index: int, folder: str) -> dict[str, Any] | None:
-    """What the JSON of a step says, if its files lie in `folder` with the right sizes."""
-    url = storage.join(work, f"{step}-{index:05d}.json")
+def _splits(patients: pa.StringArray, config: SplitConfig) -> np.ndarray:
+    encoded = patients.dictionary_encode()
+    chosen = [SPLITS.index(split_of(patient, config)) for patient in encoded.dictionary.to_pylist()]
+    split: np.ndarray = np.array(chosen, np.int8)[encoded.indices.to_numpy()]
+    return split
+
+
+def _sketches(vocabulary: Sequence[str], ids: np.ndarray, offsets: np.ndarray) -> pa.Array:
+    found = dedup.sketches(dedup.word_hashes(vocabulary), ids, offsets)
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(dedup.SKETCH_BYTES), len(found), [None, pa.py_buffer(np.ascontiguousarray(found, "<u2"))]
+    )
+
+
+def _write(url: str, tables: Sequence[pa.Table]) -> int:
+    """Writes tables of one schema as one record batch each; returns the size of the file in bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, tables[0].schema) as file:
+        for table in tables:
+            whole = table.combine_chunks()
+            for batch in whole.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]:
+                file.write_batch(batch)
+    content = sink.getvalue()
+    storage.write_bytes(url, content)
+    return int(content.size)
+
+
+def _open(url: str) -> pa.RecordBatchFileReader:
+    source = pa.memory_map(str(storage.local_path(url))) if storage.is_local(url) else storage.read_bytes(url)
+    return pa.ipc.open_file(source)
+
+
+def notes_of(work: str, index: int) -> pa.Table:
+    """The rows of a part (NOTE_SCHEMA)."""
+    return _open(_url(work, index, "notes")).read_all()
+
+
+def done(work: str, step: str, index: int) -> dict[str, Any] | None:
+    """What the JSON of a step says, if its files are there with the right sizes."""
+    url = storage.join(work, f"part-{index:05d}.{step}.json")
     if not storage.exists(url):
         return None
     counts: dict[str, Any] = storage.read_json(url)
     for name, size in counts["files"].items():
-        file = storage.join(folder, name)
+        file = storage.join(work, name)
         if not storage.exists(file) or storage.size_bytes(file) != size:
             return None
     return counts
 
 
-def read_columns(work: str, index: int, names: Sequence[str]) -> pa.Table:
-    """Columns of a part; nothing else of it is read."""
-    fields = sorted(PART_SCHEMA.get_field_index(name) for name in names)
-    with storage.reader(part_url(work, index), compression=None) as stream:
-        options = pa.ipc.IpcReadOptions(included_fields=fields)
-        return pa.ipc.open_file(pa.PythonFile(stream, mode="r"), options=options).read_all()
+def count_words(work: str, index: int, counted: np.ndarray, kind: str) -> pa.Table:
+    """How often each word stands in the chosen notes of a part: a table (word, count)."""
+    vocabulary = _open(_url(work, index, "vocabulary")).read_all().column("word")
+    lists = _open(_url(work, index, "words")).read_all().column("words").combine_chunks()
+    ids = lists.filter(pa.array(counted)).flatten().to_numpy()
+    counts = np.bincount(ids, minlength=len(vocabulary))
+    counts[0] = 0  # the line end
+    met = np.flatnonzero(counts)
+    words, counts = vocabulary.take(pa.array(met)).to_pylist(), counts[met]
+    if kind != "word" and not any(" " in word for word in words):
+        return pa.table({"word": pa.array(words, pa.string()), "count": pa.array(counts, pa.int64())})
+    found: Counter[str] = Counter()
+    for word, count in zip(words, counts.tolist(), strict=True):
+        for unit in units(word, kind):
+            found[unit] += count
+    return pa.table({"word": pa.array(found, pa.string()), "count": pa.array(found.values(), pa.int64())})
 
 
-def count_words(work: str, index: int, keep: np.ndarray) -> Counter[str]:
-    """How often each word stands in the kept training notes of a part."""
-    notes = read_columns(work, index, ["split", "text"])
-    texts, splits = notes.column("text").to_pylist(), notes.column("split").to_pylist()
-    words: Counter[str] = Counter()
-    for text, split, kept in zip(texts, splits, keep, strict=True):
-        if kept and split == "train":
-            words.update(text.split())
-    return words
+def near_duplicates(
+    work: str, kept: Sequence[np.ndarray], bucket: int, buckets: int, threshold: float
+) -> list[tuple[int, np.ndarray]]:
+    """Of the patients of one bucket, the notes that nearly repeat an earlier one: (part, rows) for every part.
 
-
-def write_shards(output: str, work: str, index: int, keep: np.ndarray, model: ModelKey) -> dict[str, Any]:
-    """Encodes the kept notes of a part and writes one shard for every split that has some."""
-    tokenizer = _tokenizer(output, *model)
-    notes = read_columns(work, index, PART_SCHEMA.names)
-    splits = np.array(notes.column("split").to_pylist(), dtype=object)
-    shards = {}
-    for split in SPLITS:
-        chosen = notes.filter(pa.array(keep & (splits == split), type=pa.bool_()))
-        if not chosen.num_rows:
-            continue
-        texts = chosen.column("text").to_pylist()
-        tokens = [
-            ids
-            for start in range(0, len(texts), ENCODED_NOTES)
-            for ids in tokenizer.encode(texts[start : start + ENCODED_NOTES])
-        ]
-        name = f"{split}-{index:05d}.arrow"
-        shards[split] = write_shard(storage.join(output, name), chosen, tokens, tokenizer)
-    counts = {
-        "index": index,
-        "tokenizer": tokenizer.sha256,
-        "shards": shards,
-        "files": {shard["name"]: shard["size"] for shard in shards.values()},
-    }
-    storage.write_json(storage.join(work, f"shards-{index:05d}.json"), counts)
-    return counts
+    `kept` masks, per part, the notes that are still there.
+    """
+    patients: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    found: list[np.ndarray] = []
+    for index, mask in enumerate(kept):
+        notes = notes_of(work, index)
+        encoded = notes.column("patient_id").combine_chunks().dictionary_encode()
+        keys = dedup.word_hashes(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
+        rows = np.flatnonzero(mask & (keys % np.uint64(buckets) == bucket))
+        sketches = notes.column("sketch").take(pa.array(rows)).combine_chunks()
+        found.append(np.frombuffer(b"".join(sketches.to_pylist()), "<u2").reshape(len(rows), dedup.SKETCH_BINS))
+        patients.append(keys[rows])
+        places.append(np.stack([np.full(len(rows), index), rows], axis=1))
+    keys, where, sketches_of_notes = np.concatenate(patients), np.concatenate(places), np.concatenate(found)
+    order = np.argsort(keys, kind="stable")
+    copies: list[np.ndarray] = []
+    edges = np.flatnonzero(np.diff(keys[order])) + 1
+    for group in np.split(order, edges):
+        copies.append(group[dedup.near_duplicates(sketches_of_notes[group], threshold)])
+    dropped = where[np.sort(np.concatenate(copies))]
+    return [(index, dropped[dropped[:, 0] == index, 1]) for index in range(len(kept))]
 
 
 # sha256 of the tokenizer's file, and whether notes get BOS and EOS.
 ModelKey = tuple[str, bool, bool]
+
+
+def encode(
+    output: str, work: str, index: int, first_record: int, shard: np.ndarray, place: np.ndarray, model: ModelKey
+) -> dict[str, Any]:
+    """Encodes the notes of a part that stay and cuts them by the shard they go to.
+
+    `shard` and `place` say, per note of the part, which shard it goes to (-1: it does not stay) and where in it.
+    """
+    tokenizer = _tokenizer(output, *model)
+    rows = np.lexsort((place, shard))[int((shard < 0).sum()) :]
+    chosen = pa.array(rows)
+    notes = notes_of(work, index).take(chosen).combine_chunks()
+    lists = _open(_url(work, index, "words")).read_all().column("words").combine_chunks().take(chosen)
+    vocabulary = _open(_url(work, index, "vocabulary")).read_all()
+    ids = lists.flatten().to_numpy()
+    values, starts, unknown = tokenizer.encode_notes(
+        vocabulary.column("word").to_pylist(), ids, lists.offsets.to_numpy().astype(np.int64)
+    )
+    records = pc.add(notes.column("record"), first_record + 1).cast(pa.string())
+    schema = shard_schema(tokenizer.dtype)
+    tokens = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(values), type=schema.field("tokens").type)
+    columns = {name: notes.column(name) for name in schema.names if name != "tokens"}
+    columns |= {
+        "doc_id": pc.coalesce(notes.column("doc_id"), records),
+        "tokens": tokens,
+        "place": pa.array(place[rows]),
+    }
+    table = pa.table(columns)
+    targets, firsts = np.unique(shard[rows], return_index=True)
+    edges = [*firsts.tolist(), len(rows)]
+    batches = [table.slice(start, end - start) for start, end in itertools.pairwise(edges)]
+    name = _url("", index, "tokens").strip("/")
+    counts = {
+        "index": index,
+        "tokenizer": tokenizer.sha256,
+        "shards": targets.tolist(),  # one record batch each, in this order
+        "words": stats.words(ids, unknown, vocabulary.column("hash").to_numpy()),
+        "tokens": len(values),
+        "bytes": int(pc.sum(notes.column("n_bytes")).as_py() or 0),
+        "files": {name: _write(storage.join(work, name), batches or [table])},
+    }
+    storage.write_json(storage.join(work, f"part-{index:05d}.encode.json"), counts)
+    return counts
+
+
+def pack(output: str, work: str, name: str, sources: Sequence[tuple[int, int]], model: ModelKey) -> dict[str, Any]:
+    """Writes one shard from the record batches (part, number) that go into it, then its sidecar."""
+    tokenizer = _tokenizer(output, *model)
+    tables = [pa.Table.from_batches([_batch(_url(work, index, "tokens"), number)]) for index, number in sources]
+    notes = pa.concat_tables(tables).combine_chunks()
+    notes = notes.take(pc.sort_indices(notes.column("place"))).drop_columns(["place"])
+    entry = write_shard(storage.join(output, f"{name}.arrow"), notes, tokenizer)
+    sidecar = {"shard": entry, "tokenizer": tokenizer.sha256, "stats": stats.of_shard(notes, tokenizer)}
+    storage.write_json(storage.join(output, f"{name}.json"), sidecar)
+    return sidecar
+
+
+def _batch(url: str, number: int) -> pa.RecordBatch:
+    if storage.is_local(url):
+        return _open(url).get_batch(number)
+    with storage.reader(url, compression=None) as stream:  # of a remote file only this batch is read
+        return pa.ipc.open_file(pa.PythonFile(stream, mode="r")).get_batch(number)
+
+
+def packed(output: str, name: str, model: ModelKey) -> dict[str, Any] | None:
+    """The sidecar of a shard that is there and whole, as far as its size tells."""
+    url = storage.join(output, f"{name}.json")
+    if not storage.exists(url):
+        return None
+    sidecar: dict[str, Any] = storage.read_json(url)
+    shard = storage.join(output, f"{name}.arrow")
+    whole = storage.exists(shard) and storage.size_bytes(shard) == sidecar["shard"]["size"]
+    return sidecar if whole and sidecar["tokenizer"] == model[0] else None
 
 
 @functools.lru_cache(maxsize=1)

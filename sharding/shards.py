@@ -1,8 +1,10 @@
-"""Shards on disk: one Arrow IPC file per split and block of input, and the manifest that makes them a corpus.
+"""Shards on disk: Arrow IPC files of the notes of a split, and the manifest that makes them a corpus.
 
     train-00000.arrow …   one record batch, uncompressed
+    train-00000.json …    its sidecar: size, sha256, counts; written after it
     valid-00000.arrow …
     tokenizer.model       SentencePiece
+    stats.json            what the corpus is made of
     plan.json             what this directory is made from (written first)
     manifest.json         counts, sha256 of every file, resolved recipe (written last)
 
@@ -15,7 +17,6 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,52 +30,71 @@ from sharding.schema import FORMAT_VERSION, SPLITS, shard_schema
 from sharding.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+PLAN = "plan.json"
 TOKENIZER = "tokenizer.model"
+# Parts of an unfinished run: note text.
+WORK = "work"
+# A shard or its sidecar.
+SHARD_NAME = rf"({'|'.join(SPLITS)})-\d+\.(arrow|json)"
 
 
-def write_shard(url: str, notes: pa.Table, tokens: Sequence[np.ndarray], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes the notes of one split with their tokens; returns the shard's entry for the manifest.
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The value with a checksum of itself, so that no number in it changes unseen."""
+    return value | {"checksum": config.fingerprint(value)}
 
-    `notes` has the columns of the schema but `tokens`. The same notes give the same bytes.
+
+def seal_holds(value: dict[str, Any]) -> bool:
+    """Whether a sealed value is as it was written."""
+    return value.get("checksum") == config.fingerprint({k: v for k, v in value.items() if k != "checksum"})
+
+
+def write_shard(url: str, notes: pa.Table, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes notes (columns of the schema) as one shard; returns its entry for the manifest.
+
+    The same notes give the same bytes.
     """
-    lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    if offsets[-1] >= 1 << 31:
-        raise DataError(f"{url}: {offsets[-1]:,} tokens do not fit one shard; choose a smaller block_mib")
-    values = np.concatenate(list(tokens))
-    _check_marks(url, values, offsets, tokenizer)
+    lists = notes.column("tokens").combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    values = lists.flatten().to_numpy()
+    _check_marks(url, values, offsets - offsets[0], tokenizer)
     schema = shard_schema(tokenizer.dtype)
-    kind = schema.field("tokens").type
-    items = pa.array(values, type=kind.value_type)
-    lists = pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), items, type=kind)
-    columns = [notes.column(name).combine_chunks() for name in schema.names if name != "tokens"]
-    batch = pa.RecordBatch.from_arrays([*columns, lists], schema=schema)
+    batch = pa.RecordBatch.from_arrays([notes.column(name).combine_chunks() for name in schema.names], schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as file:
         file.write_batch(batch)
     content = sink.getvalue()
-    categories = Counter(name or "" for name in notes.column("category").to_pylist())
     storage.write_bytes(url, content)
     return {
         "name": url.rsplit("/", 1)[-1],
         "size": content.size,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "notes": len(tokens),
-        "tokens": int(offsets[-1]),
+        "notes": len(lists),
+        "tokens": len(values),
         "bytes": int(notes.column("n_bytes").to_numpy().sum()),
-        "categories": dict(sorted(categories.items())),
     }
+
+
+def token_lists(tokens: Sequence[np.ndarray], dtype: np.dtype[np.generic]) -> pa.ListArray:
+    """The `tokens` column of a shard from the tokens of each note."""
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
+    kind = shard_schema(dtype).field("tokens").type
+    values = pa.array(np.concatenate(list(tokens)), type=kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, type=kind)
 
 
 def _check_marks(url: str, values: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer) -> None:
     """A corpus that lost its BOS or EOS trains without an error, and badly: look at every note."""
-    wrong = bool((np.diff(offsets) < 1 + tokenizer.bos + tokenizer.eos).any())
-    if not wrong and tokenizer.bos:
-        wrong = bool((values[offsets[:-1]] != tokenizer.bos_id).any())
-    if not wrong and tokenizer.eos:
-        wrong = bool((values[offsets[1:] - 1] != tokenizer.eos_id).any())
-    if wrong:
+    if not marks_stand(values, offsets, tokenizer):
         raise DataError(f"{url}: a note lacks BOS, EOS or any token; this is a fault of chartlm: report it")
+
+
+def marks_stand(values: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer) -> bool:
+    """Whether every note has BOS and EOS as the tokenizer says, and at least one more token."""
+    if (np.diff(offsets) < 1 + tokenizer.bos + tokenizer.eos).any():
+        return False
+    if tokenizer.bos and (values[offsets[:-1]] != tokenizer.bos_id).any():
+        return False
+    return not (tokenizer.eos and (values[offsets[1:] - 1] != tokenizer.eos_id).any())
 
 
 def content_fingerprint(manifest: dict[str, Any]) -> str:
@@ -115,7 +135,7 @@ class Corpus:
                 "make them again with ./launch.sh shard"
             )
         try:
-            same = content_fingerprint(manifest) == manifest["fingerprint"]
+            same = seal_holds(manifest) and content_fingerprint(manifest) == manifest["fingerprint"]
         except (KeyError, TypeError, AttributeError):
             same = False
         if not same:

@@ -1,50 +1,152 @@
-"""What only all parts together can tell: duplicates, patients, and whether names are unique."""
+"""What only all parts together can tell: duplicates, patients, whether names are unique, and the order of notes."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.errors import DataError
 from sharding import parts
 from sharding.dedup import first_occurrences
-from sharding.schema import SPLITS
+from sharding.schema import SPLITS, Run
+
+# Parts whose sketches one task compares: 256 bytes a note.
+PARTS_AT_A_TIME = 16
+COLUMNS = ["record", "doc_id", "patient_id", "time", "n_bytes", "split", "digest"]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Which notes stay, and how many they are."""
+    """Which notes stay, where they go, and how many they are."""
 
-    keep: list[np.ndarray]  # per part, a mask of its notes
-    notes: Counter[str]  # per split
+    shards: list[str]  # names without ending: train-00000, …
+    shard: list[np.ndarray]  # per part and note, its place in `shards`, -1 if it does not stay
+    place: list[np.ndarray]  # per part and note, its place in the shard
+    split: list[np.ndarray]  # per part and note, its place in SPLITS
+    digest: list[np.ndarray]  # per part and note, the first 64 bits of its digest
+    notes: Counter[str]  # per split, those that stay
     patients: dict[str, int]  # per split
-    duplicates: int
+    drops: Counter[str]
 
 
-def survey(work: str, indices: Sequence[int], exact: bool) -> Survey:
-    """Looks at the parts in input order, one at a time and without their texts. Raises DataError.
+def survey(
+    work: str,
+    read: Sequence[dict[str, Any]],
+    dedup: str,
+    near_similarity: float,
+    order: str,
+    shard_bytes: int,
+    seed: int,
+    run: Run,
+) -> Survey:
+    """Looks at all notes, without their words. Raises DataError where a name stands twice or times are missing."""
+    firsts = np.cumsum([0, *(part["rows"] for part in read)])
+    tables = [parts.notes_of(work, part["index"]).select(COLUMNS) for part in read]
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    nothing = parts.NOTE_SCHEMA.empty_table().select(COLUMNS)
+    notes = pa.concat_tables([nothing, *tables]).combine_chunks()
+    numbers = notes.column("record").to_numpy() + np.repeat(firsts[:-1], [len(table) for table in tables]) + 1
+    names = pc.coalesce(notes.column("doc_id"), pa.array(numbers).cast(pa.string()))
+    _check_unique(names)
+    digests = np.frombuffer(b"".join(notes.column("digest").to_pylist()), "<u8").reshape(-1, 2)
+    drops: Counter[str] = Counter()
+    keep = np.ones(len(notes), bool)
+    if dedup != "off":
+        keep = first_occurrences(digests)
+        drops["duplicate"] = int((~keep).sum())
+    if dedup == "near":
+        copies = _near(work, np.split(keep, ends), near_similarity, run)
+        drops["near_duplicate"] = int(copies.sum())
+        keep &= ~copies
+    split = notes.column("split").to_numpy()
+    encoded = notes.column("patient_id").combine_chunks().dictionary_encode()
+    patient = encoded.indices.to_numpy()
+    ranks = _ranks(encoded.dictionary if order == "patients" else names, seed)
+    keys = {"split": split, "rank": ranks[patient] if order == "patients" else ranks, "row": np.arange(len(notes))}
+    if order == "patients":
+        _check_times(notes.column("time").filter(pa.array(keep)))
+        keys = {**keys, "time": notes.column("time")}
+    sort = [(name, "ascending") for name in ("split", "rank", "time", "row") if name in keys]
+    ordered = pc.sort_indices(pa.table(keys), sort_keys=sort).to_numpy()
+    ordered = ordered[keep[ordered]]
+    together = patient[ordered] if order == "patients" else np.arange(len(ordered))
+    sizes = notes.column("n_bytes").to_numpy()[ordered]
+    shards, shard_of, place_of = _cut(split[ordered], together, sizes, shard_bytes)
+    shard, place = np.full(len(notes), -1, np.int32), np.zeros(len(notes), np.int32)
+    shard[ordered], place[ordered] = shard_of, place_of
+    stay = {name: keep & (split == number) for number, name in enumerate(SPLITS)}
+    return Survey(
+        shards,
+        np.split(shard, ends),
+        np.split(place, ends),
+        np.split(split, ends),
+        np.split(digests[:, 0], ends),
+        Counter({name: int(mask.sum()) for name, mask in stay.items()}),
+        {name: len(np.unique(patient[mask])) for name, mask in stay.items()},
+        drops,
+    )
 
-    `exact` leaves out notes whose text came before.
+
+def _check_unique(names: pa.ChunkedArray) -> None:
+    if pc.count_distinct(names).as_py() != len(names):
+        counted = names.value_counts()
+        twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
+        raise DataError(f"doc_id {pc.min(twice).as_py()} stands twice in the input; it must name one note")
+
+
+def _check_times(times: pa.ChunkedArray) -> None:
+    dated = pc.sum(pc.fill_null(pc.match_substring_regex(times, r"^\d{4}-\d\d-\d\d"), False)).as_py() or 0
+    if dated != len(times):
+        raise DataError(
+            f"order='patients' needs a time for every note, written YYYY-MM-DD…; {len(times) - dated:,} notes have "
+            "none: name the column in reader.time, or take order='notes'"
+        )
+
+
+def _near(work: str, keep: list[np.ndarray], threshold: float, run: Run) -> np.ndarray:
+    buckets = -(-len(keep) // PARTS_AT_A_TIME)
+    copies = [np.zeros(len(mask), bool) for mask in keep]
+    for found in run(parts.near_duplicates, [(work, keep, bucket, buckets, threshold) for bucket in range(buckets)]):
+        for index, rows in found:
+            copies[index][rows] = True
+    return np.concatenate(copies)
+
+
+def _ranks(names: pa.Array, seed: int) -> np.ndarray:
+    """A number for every name that no other name can change: in their order names are shuffled."""
+    digests = [hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest() for name in names.to_pylist()]
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def _cut(
+    split: np.ndarray, together: np.ndarray, sizes: np.ndarray, shard_bytes: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Cuts ordered notes into shards of about `shard_bytes` of text of one split.
+
+    Neighbours with the same value of `together` stay in one shard. Returns the names of the shards and, for every
+    note, its shard and its place in it.
     """
-    met: set[bytes] = set()
-    names: set[str] = set()
-    patients: dict[str, set[str]] = {split: set() for split in SPLITS}
-    notes: Counter[str] = Counter()
-    keep: list[np.ndarray] = []
-    for index in indices:
-        part = parts.read_columns(work, index, ["doc_id", "patient_id", "split", "digest"]).to_pydict()
-        for name in part["doc_id"]:
-            if name in names:
-                raise DataError(f"doc_id {name} stands twice in the input; it must name one note")
-            names.add(name)
-        mask = first_occurrences(part["digest"], met)
-        keep.append(mask if exact else np.ones_like(mask))
-        for split, patient, stays in zip(part["split"], part["patient_id"], keep[-1], strict=True):
-            if stays:
-                notes[split] += 1
-                patients[split].add(patient)
-    counts = {split: len(found) for split, found in patients.items()}
-    return Survey(keep, notes, counts, len(names) - notes.total())
+    names: list[str] = []
+    shard = np.zeros(len(split), np.int32)
+    for number, name in enumerate(SPLITS):
+        rows = np.flatnonzero(split == number)
+        if not len(rows):
+            continue
+        begin = np.cumsum(sizes[rows]) - sizes[rows]
+        leaders = np.flatnonzero(np.diff(together[rows], prepend=-1))
+        begin = np.repeat(begin[leaders], np.diff(np.append(leaders, len(rows))))
+        total = int(sizes[rows].sum())
+        wanted = max(round(total / shard_bytes), 1)
+        used, found = np.unique(begin * wanted // total, return_inverse=True)
+        shard[rows] = found + len(names)
+        names += [f"{name}-{place:05d}" for place in range(len(used))]
+    starts = np.flatnonzero(np.diff(shard, prepend=-1))
+    place = np.arange(len(shard)) - np.repeat(starts, np.diff(np.append(starts, len(shard))))
+    return names, shard, place.astype(np.int32)

@@ -58,10 +58,11 @@ def tiny_corpus(folder: Path, seed: int = 1, train_notes: int = 60, vocab_size: 
                     "category": pa.array(["Nursing"] * len(ids), pa.string()),
                     "time": pa.array([None] * len(ids), pa.string()),
                     "n_bytes": pa.array([len(text.encode()) for text in part], pa.int64()),
+                    "tokens": shards.token_lists(tokenizer.encode(part), tokenizer.dtype),
                 }
             )
             place = storage.join(url, f"{split}-{index:05d}.arrow")
-            entries.append(shards.write_shard(place, table, tokenizer.encode(part), tokenizer))
+            entries.append(shards.write_shard(place, table, tokenizer))
         splits[split] = {"notes": len(written), "shards": entries}
     manifest = {
         "format": FORMAT_VERSION,
@@ -77,5 +78,5 @@ def tiny_corpus(folder: Path, seed: int = 1, train_notes: int = 60, vocab_size: 
         "splits": splits,
     }
     manifest["fingerprint"] = shards.content_fingerprint(manifest)
-    storage.write_json(storage.join(url, shards.MANIFEST), manifest)
+    storage.write_json(storage.join(url, shards.MANIFEST), shards.sealed(manifest))
     return url

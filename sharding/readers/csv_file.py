@@ -12,23 +12,19 @@ across two (arrow #51368).
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import re
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 
 from cluster import storage
 from cluster.errors import DataError
-from sharding.schema import Block
+from sharding.readers import ranges
+from sharding.schema import Block, Run, in_order
 
-BLOCK_BYTES = 4 << 20
-# A longer record is a quote that is never closed; and pyarrow counts the bytes of a block with 31 bits.
-LONGEST_RECORD_BYTES = 1 << 30
 HEADER_BYTES = 1 << 16
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -42,87 +38,38 @@ def rows(url: str, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     Header names match in upper and lower case. Raises DataError (missing columns, malformed CSV) or
     StorageError.
     """
-    for block in blocks(url, columns, BLOCK_BYTES):
-        yield from zip(*parse(block, columns), strict=True)
+    for block in blocks(url, columns, ranges.BLOCK_BYTES):
+        yield from zip(*(column.to_pylist() for column in parse(block, columns)), strict=True)
 
 
-def blocks(url: str, columns: Sequence[str], block_bytes: int) -> Iterator[Block]:
+def blocks(url: str, columns: Sequence[str], block_bytes: int, run: Run = in_order) -> Iterator[Block]:
     """Cuts a file into blocks of about `block_bytes` that begin and end between records."""
     with storage.reader(url) as stream:
-        data = _read(stream, url, HEADER_BYTES)
-        if data.startswith(UTF16):
-            raise DataError(f"{url}: is UTF-16; convert it to UTF-8 first (iconv -f UTF-16 -t UTF-8)")
-        offset = len(BOM) if data.startswith(BOM) else 0
-        data = data[offset:]
-        end = _first_record_end(data) or len(data)
-        header = _header(url, data[:end])
-        _places(url, header, columns)
-        data, offset, index, record = data[end:], offset + end, 0, 1
-        while True:
-            data, end = _fill(stream, url, data, offset, block_bytes)
-            if not end:
-                return
-            piece, data = data[:end], data[end:]
-            records = _records(piece, url, offset)
-            yield Block(url, index, offset, record, records, header, piece, _stored_position(stream))
-            offset, index, record = offset + end, index + 1, record + records
+        head = ranges.read(stream, url, HEADER_BYTES)
+    if head.startswith(UTF16):
+        raise DataError(f"{url}: is UTF-16; convert it to UTF-8 first (iconv -f UTF-16 -t UTF-8)")
+    mark = len(BOM) if head.startswith(BOM) else 0
+    end = _first_start(head, False) if len(head) else 0
+    end = len(head) if end < 0 else end
+    header = _header(url, head[mark:end])
+    _places(url, header, columns)
+    yield from ranges.blocks(url, header, end, block_bytes, scan, run)
 
 
-def _fill(stream: BinaryIO, url: str, data: bytes, offset: int, block_bytes: int) -> tuple[bytes, int]:
-    """`data` read on to a block, and where its last whole record ends (0: nothing is left)."""
-    wanted = block_bytes
-    while True:
-        if wanted > len(data):
-            data += _read(stream, url, wanted - len(data))
-        if len(data) < wanted:
-            if data.count(b'"') & 1:
-                _records(data, url, offset)
-                start = offset + last_record_end(data)
-                raise DataError(f"{url}: ends inside a quoted field; the record starts at byte {start}: is it cut off?")
-            return data, len(data)
-        if end := last_record_end(data[:wanted]):
-            return data, end
-        wanted *= 2
-        if wanted > LONGEST_RECORD_BYTES:
-            raise DataError(f"{url}: the record at byte {offset} has no end in {wanted // 2:,} bytes; a quote is open")
+def scan(chunk: bytes) -> tuple[int, int, bool]:
+    """`ranges.Scan` of a CSV file: one pass that counts quotes; finding a record takes a line or two."""
+    return _first_start(chunk, False), _first_start(chunk, True), bool(chunk.count(b'"') & 1)
 
 
-def last_record_end(data: bytes) -> int:
-    """Just after the last line end with an even number of quotes before it, 0 if none."""
-    odd, end = data.count(b'"') & 1, len(data)
-    while (newline := data.rfind(b"\n", 0, end)) >= 0:
-        odd ^= data.count(b'"', newline + 1, end) & 1
-        if not odd:
-            return newline + 1
-        end = newline
-    return 0
-
-
-def _first_record_end(data: bytes) -> int:
-    odd, start = 0, 0
+def _first_start(data: bytes, odd: int) -> int:
+    """Just after the first line end with an even number of quotes before it, -1 if none."""
+    start = 0
     while (newline := data.find(b"\n", start)) >= 0:
         odd ^= data.count(b'"', start, newline) & 1
         if not odd:
             return newline + 1
         start = newline + 1
-    return 0
-
-
-def _read(stream: BinaryIO, url: str, size: int) -> bytes:
-    """`size` bytes, fewer at the end of the file only."""
-    pieces, left = [], size
-    try:
-        while left and (piece := stream.read(left)):
-            pieces.append(piece)
-            left -= len(piece)
-    except (EOFError, zlib.error) as exc:
-        raise DataError(f"{url}: the compressed file is cut off or damaged; compare its checksum") from exc
-    return b"".join(pieces)
-
-
-def _stored_position(stream: BinaryIO) -> int:
-    stored: Any = stream.fileobj if isinstance(stream, gzip.GzipFile) else stream
-    return int(stored.tell())
+    return -1
 
 
 def _header(url: str, data: bytes) -> tuple[str, ...]:
@@ -149,7 +96,7 @@ def _places(url: str, header: Sequence[str], columns: Sequence[str]) -> list[int
     return [known[column.lower()] for column in columns]
 
 
-def _records(data: bytes, url: str, offset: int) -> int:
+def _count_records(url: str, start: int, data: bytes) -> int:
     """Number of records without empty lines. Raises DataError at a quote where none may stand."""
     pieces = data.split(b'"')
     outside = pieces[::2]
@@ -159,17 +106,36 @@ def _records(data: bytes, url: str, offset: int) -> int:
         opens_well = 2 * place == len(pieces) - 1 or not piece or piece[-1] in (_COMMA, _LF)
         if not (closes_well and opens_well):
             before = pieces[: 2 * place + (1 if closes_well else 0)]
-            stray = offset + sum(map(len, before)) + len(before) - 1
+            stray = start + sum(map(len, before)) + len(before) - 1
             raise DataError(f"{url}: stray quote at byte {stray}; quote the whole field and double the quotes in it")
+    if not len(pieces) & 1:
+        record = start + _last_record_start(data)
+        raise DataError(f"{url}: ends inside a quoted field; the record starts at byte {record}: is it cut off?")
     lines = b'"'.join(outside)
     unended = bool(lines) and not lines.endswith(b"\n")
     return lines.count(b"\n") + unended - len(re.findall(rb"(?m)^\r?\n", lines))
 
 
-def parse(block: Block, columns: Sequence[str]) -> list[list[str]]:
-    """The fields of each of `columns`, in record order. Raises DataError without any text of the block."""
-    names = [f"f{place}" for place in range(len(block.columns))]
-    wanted = [names[place] for place in _places(block.url, block.columns, columns)]
+def _last_record_start(data: bytes) -> int:
+    """Just after the last line end with an even number of quotes before it, 0 if none."""
+    odd, end = data.count(b'"') & 1, len(data)
+    while (newline := data.rfind(b"\n", 0, end)) >= 0:
+        odd ^= data.count(b'"', newline + 1, end) & 1
+        if not odd:
+            return newline + 1
+        end = newline
+    return 0
+
+
+def parse(block: Block, columns: Sequence[str]) -> list[pa.Array]:
+    """The fields of each of `columns` in record order, as strings that are never null.
+
+    Raises DataError without any text of the block.
+    """
+    data = ranges.data_of(block)
+    records = _count_records(block.url, block.start, data)
+    names = [f"f{place}" for place in range(len(block.header))]
+    wanted = [names[place] for place in _places(block.url, block.header, columns)]
     wrong: list[tuple[int, int]] = []
 
     def note_wrong(row: Any) -> str:
@@ -179,8 +145,8 @@ def parse(block: Block, columns: Sequence[str]) -> list[list[str]]:
 
     try:
         table = pa.csv.read_csv(
-            pa.BufferReader(block.data),
-            read_options=pa.csv.ReadOptions(use_threads=False, block_size=len(block.data) + 1, column_names=names),
+            pa.BufferReader(data),
+            read_options=pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
             parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note_wrong),
             convert_options=pa.csv.ConvertOptions(
                 include_columns=wanted,
@@ -189,40 +155,40 @@ def parse(block: Block, columns: Sequence[str]) -> list[list[str]]:
             ),
         )
     except pa.ArrowInvalid:
-        raise _unreadable(block) from None
+        raise _unreadable(block, data) from None
     if wrong:
         number, fields = wrong[0]
-        start = block.offset + _record_start(block.data, number)
+        raise DataError(f"{block.url}: {_place(block, data, number)} has {fields} fields, the header has {len(names)}")
+    if table.num_rows != records:
         raise DataError(
-            f"{block.url}: record {block.first_record + number - 1} at byte {start} has {fields} fields, "
-            f"the header has {len(names)}"
+            f"{block.url}: {table.num_rows} records where {records} lines end, after byte "
+            f"{block.start}; a carriage return stands alone outside of quotes"
         )
-    if table.num_rows != block.records:
-        raise DataError(
-            f"{block.url}: {table.num_rows} records where {block.records} lines end, after byte "
-            f"{block.offset}; a carriage return stands alone outside of quotes"
-        )
-    return [table.column(name).to_pylist() for name in wanted]
+    return [table.column(name).combine_chunks() for name in wanted]
 
 
-def _unreadable(block: Block) -> DataError:
+def _unreadable(block: Block, data: bytes) -> DataError:
     try:
-        block.data.decode()
+        data.decode()
     except UnicodeDecodeError as exc:
-        return DataError(f"{block.url}: byte {block.offset + exc.start} is not UTF-8 text; convert the file (iconv)")
-    return DataError(f"{block.url}: malformed CSV after byte {block.offset}")
+        return DataError(f"{block.url}: byte {block.start + exc.start} is not UTF-8 text; convert the file (iconv)")
+    return DataError(f"{block.url}: malformed CSV after byte {block.start}")
 
 
-def _record_start(data: bytes, number: int) -> int:
-    """Offset of the record with this number (1 is the first); blank lines do not count."""
+def place(block: Block, number: int) -> str:
+    """Where a record of the block (1 is its first) stands in the file, in words."""
+    return _place(block, ranges.data_of(block), number)
+
+
+def _place(block: Block, data: bytes, number: int) -> str:
     start = end = seen = odd = 0
     for line in data.split(b"\n"):
         end += len(line) + 1
         odd ^= line.count(b'"') & 1
         if odd:
             continue
-        seen += bool(data[start:end].strip(b"\r\n"))
+        seen += bool(data[start:end].strip(b"\r\n"))  # blank lines do not count
         if seen == number:
             break
         start = end
-    return start
+    return f"the record at byte {block.start + start}"

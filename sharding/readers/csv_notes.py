@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from cluster.config import Section
 from cluster.errors import DataError
 from sharding.readers import csv_file
-from sharding.schema import Block, Document, Parsed
+from sharding.schema import Block, Parsed, Run, in_order, notes_table
 
 
-class CsvReader(Section):
-    """Notes in a CSV file with a header; each key names a column.
+class Columns(Section):
+    """Which column is what. Without `doc_id` a note is named by its row number (1 is the first of the input).
 
-    Without `doc_id` a note is named by its row number (1 is the first after the header). Without `patient_id`
-    equal texts count as one patient's, so that no text is in two splits.
+    Without `patient_id` equal texts count as one patient's, so that no text is in two splits.
     """
 
-    name: Literal["csv"] = "csv"
     text: str = Field(min_length=1)
     doc_id: str | None = None
     patient_id: str | None = None
@@ -28,45 +29,44 @@ class CsvReader(Section):
     category: str | None = None
     time: str | None = None
 
-    def blocks(self, url: str, block_bytes: int) -> Iterator[Block]:
+    def columns(self) -> dict[str, str]:
+        """Field of a note → column that holds it."""
+        fields = ("doc_id", "patient_id", "encounter_id", "category", "time", "text")
+        return {field: column for field in fields if (column := getattr(self, field)) is not None}
+
+
+class CsvReader(Columns):
+    """Notes in CSV files with a header, plain or compressed; each key names a column."""
+
+    name: Literal["csv"] = "csv"
+
+    def blocks(self, url: str, block_bytes: int, run: Run = in_order) -> Iterator[Block]:
         """Record-aligned blocks of the file. Raises DataError where a column is missing."""
-        return csv_file.blocks(url, self._columns(), block_bytes)
+        return csv_file.blocks(url, self._names(), block_bytes, run)
 
     def parse(self, block: Block) -> Parsed:
         """The notes of a block; nothing is left out."""
-        columns = self._columns()
-        fields = dict(zip(columns, csv_file.parse(block, columns), strict=True))
-        absent: list[str] = [""] * block.records
+        names = self._names()
+        read = dict(zip(names, csv_file.parse(block, names), strict=True))
+        fields = {field: read[column] for field, column in self.columns().items()}
+        require(block, self, fields)
+        text = fields.pop("text")
+        rest = {field: blank_is_null(strings) for field, strings in fields.items()}
+        return Parsed(notes_table(record=np.arange(len(text)), text=text, **rest), len(text), {})
 
-        def values(column: str | None) -> list[str]:
-            return absent if column is None else fields[column]
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(self.columns().values()))
 
-        documents = []
-        rows = zip(
-            values(self.doc_id),
-            values(self.patient_id),
-            values(self.encounter_id),
-            values(self.category),
-            values(self.time),
-            fields[self.text],
-            strict=True,
-        )
-        for record, (doc, patient, encounter, category, time, text) in enumerate(rows, block.first_record):
-            if (self.doc_id and not doc) or (self.patient_id and not patient):
-                raise DataError(f"{block.url}: record {record}: empty {self.doc_id if not doc else self.patient_id}")
-            category = category.strip()
-            documents.append(
-                Document(
-                    doc or str(record),
-                    patient or None,
-                    encounter or None,
-                    category or None,
-                    time or None,
-                    text,
-                )
-            )
-        return Parsed(documents, {})
 
-    def _columns(self) -> list[str]:
-        named = (self.doc_id, self.patient_id, self.encounter_id, self.category, self.time, self.text)
-        return list(dict.fromkeys(column for column in named if column is not None))
+def require(block: Block, named: Columns, fields: dict[str, pa.Array]) -> None:
+    """Raises DataError where a note has a column for its name or patient and nothing in it."""
+    for field in ("doc_id", "patient_id"):
+        if field in fields and (missing := pc.index(fields[field], "").as_py()) >= 0:
+            where = csv_file.place(block, missing + 1)
+            raise DataError(f"{block.url}: {where}: empty {named.columns()[field]}; every note needs one")
+
+
+def blank_is_null(strings: pa.Array) -> pa.Array:
+    """Without blanks around, and null where nothing is left."""
+    trimmed = pc.utf8_trim_whitespace(strings)
+    return pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)

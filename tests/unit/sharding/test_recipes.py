@@ -14,10 +14,10 @@ RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*/shard.toml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_recipe_loads_and_takes_overrides(path: Path) -> None:
-    recipe = load(ShardRecipe, [str(path), "tokenizer.vocab_size=1234", "input=elsewhere.csv"])
+    recipe = load(ShardRecipe, [str(path), "block_mib=1.5", "input=elsewhere.csv"])
     assert recipe.output == f"runs/{path.parent.name}/shards"
-    assert (recipe.tokenizer and recipe.tokenizer.vocab_size, recipe.input) == (1234, "elsewhere.csv")
+    assert (recipe.block_mib, recipe.input) == (1.5, "elsewhere.csv")
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
-    assert {"demo", "mimic3", "mtsamples"} <= {path.parent.name for path in RECIPES}
+    assert {"demo", "mimic3", "mtsamples", "wiki-then-mimic"} <= {path.parent.name for path in RECIPES}

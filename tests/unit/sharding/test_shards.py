@@ -16,7 +16,7 @@ from cluster.errors import DataError, StorageError
 from sharding import shards
 from sharding.clean import CLASS_TOKENS
 from sharding.schema import FORMAT_VERSION, shard_schema
-from sharding.shards import MANIFEST, TOKENIZER, Corpus, content_fingerprint, write_shard
+from sharding.shards import MANIFEST, TOKENIZER, Corpus, content_fingerprint, sealed, token_lists, write_shard
 from sharding.tokenizer import Tokenizer, TokenizerConfig, train
 
 MODEL = train({"chest": 9, "pain": 7, "since": 5, "today": 3}, TokenizerConfig(vocab_size=282), CLASS_TOKENS)
@@ -39,15 +39,17 @@ def make(url: str) -> str:
                     "category": ["ECG"] * len(texts),
                     "time": ["2101-10-20"] * len(texts),
                     "n_bytes": [len(text.encode()) for text in texts],
+                    "tokens": token_lists(tokenizer.encode(texts), tokenizer.dtype),
                 }
             )
             name = storage.join(url, f"{split}-{index:05d}.arrow")
-            entries.append(write_shard(name, table, tokenizer.encode(texts), tokenizer))
+            entries.append(write_shard(name, table, tokenizer))
         totals = {key: sum(entry[key] for entry in entries) for key in ("notes", "tokens", "bytes")}
         splits[split] = totals | {"shards": entries}
     marks = {"sha256": tokenizer.sha256, "bos": True, "eos": True, "file": TOKENIZER, "vocab_size": 282}
     manifest = {"format": FORMAT_VERSION, "dtype": "uint16", "tokenizer": marks, "splits": splits}
-    storage.write_json(storage.join(url, MANIFEST), manifest | {"fingerprint": content_fingerprint(manifest)})
+    manifest |= {"fingerprint": content_fingerprint(manifest)}
+    storage.write_json(storage.join(url, MANIFEST), sealed(manifest))
     return url
 
 
@@ -167,5 +169,6 @@ def test_a_note_without_its_marks_is_not_written(tmp_path: Path) -> None:
     table = table.append_column("n_bytes", pa.array([1]))
     for ids in ([tokenizer.bos_id, 9], [9, tokenizer.eos_id], [tokenizer.bos_id, tokenizer.eos_id], []):
         with pytest.raises(DataError, match="lacks BOS, EOS"):
-            write_shard(str(tmp_path / "x.arrow"), table, [np.array(ids, dtype=np.uint16)], tokenizer)
+            lists = token_lists([np.array(ids, dtype=np.uint16)], tokenizer.dtype)
+            write_shard(str(tmp_path / "x.arrow"), table.append_column("tokens", lists), tokenizer)
     assert storage.names(str(tmp_path)) == []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -15,9 +18,9 @@ from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, DataError
 from sharding import tokenizer as module
-from sharding.clean import CLASS_TOKENS, CleanConfig, clean
+from sharding.clean import CLASS_TOKENS, CleanConfig, clean, clean_notes
 from sharding.schema import token_dtype
-from sharding.tokenizer import NEWLINE_PIECE, Tokenizer, TokenizerConfig, train
+from sharding.tokenizer import NEWLINE_PIECE, Tokenizer, TokenizerConfig, thinned, train, units
 
 STEMS = ["card", "pulmon", "ren", "hepat", "neur", "gastr", "derm", "oste", "arthr", "my", "cyst", "nephr"]
 ENDS = ["itis", "osis", "algia", "opathy", "ectomy", "oma", "emia", "uria", "ogram"]
@@ -42,7 +45,18 @@ def texts(number: int, seed: int = 0) -> list[str]:
 
 NOTES = texts(300)
 COUNTS = Counter(word for text in NOTES for word in text.split())
-MODELS = {kind: train(COUNTS, TokenizerConfig(kind=kind, vocab_size=370), CLASS_TOKENS) for kind in ("unigram", "bpe")}
+KINDS = ("unigram", "bpe", "char", "word")
+
+
+def trained(kind: str, counts: Mapping[str, int] = COUNTS, vocab_size: int = 370) -> bytes:
+    cut: Counter[str] = Counter()
+    for word, count in counts.items():
+        for unit in units(word, kind):
+            cut[unit] += count
+    return train(cut, TokenizerConfig(kind=kind, vocab_size=vocab_size), CLASS_TOKENS)
+
+
+MODELS = {kind: trained(kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -55,12 +69,14 @@ def test_cached_ids_equal_those_of_sentencepiece(kind: str) -> None:
         for text, ids in zip(fresh, ours.encode(fresh), strict=True):
             expected: list[int] = []
             for line in text.split("\n"):
-                expected += [*plain.encode(line), newline]
+                # Of a word model unit by unit: SentencePiece makes one <unk> of several in a row.
+                cut = [unit for word in line.split() for unit in units(word, kind)] if kind == "word" else [line]
+                expected += [*itertools.chain(*plain.encode(cut)), newline]
             assert ids.tolist() == expected[:-1]
             assert ids.dtype == np.uint16
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
 def test_decoding_gives_back_cleaned_text(kind: str) -> None:
     ours = Tokenizer(MODELS[kind])
 
@@ -104,11 +120,11 @@ def test_the_cache_stays_bounded_and_changes_no_id(monkeypatch: pytest.MonkeyPat
             assert here.tolist() == there.tolist()
 
 
-@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_is_bitwise_deterministic(kind: str) -> None:
     shuffled = list(COUNTS.items())
     random.Random(1).shuffle(shuffled)
-    assert train(dict(shuffled), TokenizerConfig(kind=kind, vocab_size=370), CLASS_TOKENS) == MODELS[kind]
+    assert trained(kind, dict(shuffled)) == MODELS[kind]
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -123,8 +139,48 @@ def test_a_size_that_cannot_be_names_the_one_that_can(kind: str) -> None:
 
 def test_large_counts_are_divided_so_that_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRAINING_CHARS", 1000)
-    lines = list(module._training_lines({"abcde": 1000, "rare": 3, "z": 40}))
-    assert lines == ["abcde\t166", "z\t6"]  # 5,052 characters: a sixth of every count
+    words = pa.table({"word": ["abcde", "rare", "z"], "count": [1000, 3, 40]})
+    assert thinned(words) == {"abcde": 166, "z": 6}  # 5,052 characters: a sixth of every count
+    assert thinned(words.slice(0, 0)) == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("bos", "eos"), [(True, True), (True, False), (False, True), (False, False)])
+def test_notes_of_distinct_words_get_the_ids_of_their_texts(kind: str, bos: bool, eos: bool) -> None:
+    ours = Tokenizer(MODELS[kind], bos=bos, eos=eos)
+    fresh = [*texts(20, seed=2), "unseen zqx 漢字 <name>,<name> 10.2", "\n\n", "", "w" * 500]
+    words = clean_notes(pa.array(fresh), CleanConfig())
+    tokens, starts, unknown = ours.encode_notes(words.vocabulary, words.ids, words.offsets)
+    expected = ours.encode([clean(text, CleanConfig()) for text in fresh])
+    assert [tokens[a:b].tolist() for a, b in itertools.pairwise(starts)] == [ids.tolist() for ids in expected]
+    assert tokens.dtype == ours.dtype
+    beyond = {word for word, lacks in zip(words.vocabulary, unknown, strict=True) if lacks}
+    assert {"漢字", "zqx"} <= beyond
+    assert not beyond & {"\n", "<name>,<name>", "the", "patient"}
+
+
+def test_a_word_model_knows_words_numbers_and_signs() -> None:
+    ours = Tokenizer(MODELS["word"])
+    assert units("<name>,10.2(12:30)don't-5/6", "word") == [
+        "<name>",
+        ",",
+        "10.2",
+        "(",
+        "12:30",
+        ")",
+        "don't",
+        "-",
+        "5/6",
+    ]
+    text = "patient of <name> ."
+    assert ours.decode(ours.encode([text])[0].tolist()) == text
+    assert ours.decode(ours.encode(["the zqx\n10² mg,"])[0].tolist()) == "the <unk>\n10² mg ,"
+    assert set(ours.encode(["<name>"])[0][1:-1].tolist()) == {ours.symbols["<name>"]}
+
+
+def test_flagged_words_are_two_words_for_sentencepiece() -> None:
+    assert units("xxup copd,", "bpe") == ["xxup", "copd,"]
+    assert units("xxup copd,", "word") == ["xxup", "copd", ","]
 
 
 def test_no_words_and_foreign_models_are_errors() -> None:
