@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 
 from cluster.errors import DataError
 from sharding import parts
-from sharding.dedup import first_occurrences
+from sharding.dedup import first_occurrences, mixed
 from sharding.schema import SPLITS, Run
 
 # Parts whose sketches one task compares: 256 bytes a note.
 PARTS_AT_A_TIME = 16
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 COLUMNS = ["record", "doc_id", "patient_id", "time", "n_bytes", "split", "digest"]
 
 
@@ -55,7 +56,7 @@ def survey(
     numbers = notes.column("record").to_numpy() + np.repeat(firsts[:-1], [len(table) for table in tables]) + 1
     names = pc.coalesce(notes.column("doc_id"), pa.array(numbers).cast(pa.string()))
     _check_unique(names)
-    digests = np.frombuffer(b"".join(notes.column("digest").to_pylist()), "<u8").reshape(-1, 2)
+    digests = _words_of(notes.column("digest").combine_chunks())
     drops: Counter[str] = Counter()
     keep = np.ones(len(notes), bool)
     if dedup != "off":
@@ -68,8 +69,8 @@ def survey(
     split = notes.column("split").to_numpy()
     encoded = notes.column("patient_id").combine_chunks().dictionary_encode()
     patient = encoded.indices.to_numpy()
-    ranks = _ranks(encoded.dictionary if order == "patients" else names, seed)
-    keys = {"split": split, "rank": ranks[patient] if order == "patients" else ranks, "row": np.arange(len(notes))}
+    rank = _ranks(encoded.dictionary, seed)[patient] if order == "patients" else _shuffled(numbers, seed)
+    keys = {"split": split, "rank": rank, "row": np.arange(len(notes))}
     if order == "patients":
         _check_times(notes.column("time").filter(pa.array(keep)))
         keys = {**keys, "time": notes.column("time")}
@@ -92,6 +93,12 @@ def survey(
         {name: len(np.unique(patient[mask])) for name, mask in stay.items()},
         drops,
     )
+
+
+def _words_of(digests: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """The digests as pairs of numbers, uint64 [notes, 2]."""
+    values = np.frombuffer(digests.buffers()[1] or b"", "<u8").reshape(-1, 2)
+    return values[digests.offset : digests.offset + len(digests)]
 
 
 def _check_unique(names: pa.ChunkedArray) -> None:
@@ -119,10 +126,15 @@ def _near(work: str, keep: list[np.ndarray], threshold: float, run: Run) -> np.n
     return np.concatenate(copies)
 
 
-def _ranks(names: pa.Array, seed: int) -> np.ndarray:
-    """A number for every name that no other name can change: in their order names are shuffled."""
-    digests = [hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest() for name in names.to_pylist()]
+def _ranks(patients: pa.Array, seed: int) -> np.ndarray:
+    """A number for every patient that no other patient can change: in their order patients are shuffled."""
+    digests = [hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest() for name in patients.to_pylist()]
     return np.frombuffer(b"".join(digests), "<u8")
+
+
+def _shuffled(records: np.ndarray, seed: int) -> np.ndarray:
+    """A number for every record: in their order notes are shuffled (SplitMix64 from `seed`, Steele et al. 2014)."""
+    return mixed(mixed(np.array([seed], np.uint64)) + _GOLDEN_GAMMA * records.astype(np.uint64))
 
 
 def _cut(

@@ -42,6 +42,7 @@ CACHED_WORD_CHARS = 64
 
 # The sign that SentencePiece writes for the blank before a word.
 _BLANK = "\u2581"
+_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 # As SentencePiece numbers them in a model.
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
@@ -145,9 +146,7 @@ class Tokenizer:
         self.symbols = {symbol: self._pieces.piece_to_id(blank + symbol) for symbol in symbols}
         self.dtype = token_dtype(self.vocab_size)
         # Tokens that spell what the vocabulary does not have.
-        self.is_unknown = np.array(
-            [self._pieces.is_unknown(i) or self._pieces.is_byte(i) for i in range(self.vocab_size)]
-        )
+        self.is_unknown = np.isin([piece.type for piece in spec.pieces], [_Piece.UNKNOWN, _Piece.BYTE])
         self._words: dict[str, bytes] = {}
         self._forget()
 

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
@@ -29,7 +30,7 @@ HEADER_BYTES = 1 << 16
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
-_COMMA, _CR, _LF = b",\r\n"
+_COMMA, _CR, _LF, _QUOTE = b',\r\n"'
 
 
 def rows(url: str, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -98,22 +99,25 @@ def _places(url: str, header: Sequence[str], columns: Sequence[str]) -> list[int
 
 def _count_records(url: str, start: int, data: bytes) -> int:
     """Number of records without empty lines. Raises DataError at a quote where none may stand."""
-    pieces = data.split(b'"')
-    outside = pieces[::2]
-    for place, piece in enumerate(outside):
-        # Between a closing and an opening quote: nothing (a doubled quote), or a delimiter at either end.
-        closes_well = place == 0 or not piece or piece[0] in (_COMMA, _CR, _LF)
-        opens_well = 2 * place == len(pieces) - 1 or not piece or piece[-1] in (_COMMA, _LF)
-        if not (closes_well and opens_well):
-            before = pieces[: 2 * place + (1 if closes_well else 0)]
-            stray = start + sum(map(len, before)) + len(before) - 1
-            raise DataError(f"{url}: stray quote at byte {stray}; quote the whole field and double the quotes in it")
-    if not len(pieces) & 1:
+    codes = np.frombuffer(b"\n" + data + b"\n", np.uint8)  # a line end stands before and after
+    quotes = np.flatnonzero(codes == _QUOTE)
+    # An even number of quotes before: it opens a field, or is the second of a doubled quote; else it closes one.
+    opening, closing = quotes[::2], quotes[1::2]
+    before, after = codes[opening - 1], codes[closing + 1]
+    opens_well = (before == _COMMA) | (before == _LF)
+    opens_well[1:] |= opening[1:] == closing[: len(opening) - 1] + 1
+    closes_well = (after == _COMMA) | (after == _CR) | (after == _LF) | (after == _QUOTE)
+    stray = [*opening[~opens_well][:1].tolist(), *closing[~closes_well][:1].tolist()]
+    if stray:
+        where = start + min(stray) - 1
+        raise DataError(f"{url}: stray quote at byte {where}; quote the whole field and double the quotes in it")
+    if len(quotes) % 2:
         record = start + _last_record_start(data)
         raise DataError(f"{url}: ends inside a quoted field; the record starts at byte {record}: is it cut off?")
-    lines = b'"'.join(outside)
-    unended = bool(lines) and not lines.endswith(b"\n")
-    return lines.count(b"\n") + unended - len(re.findall(rb"(?m)^\r?\n", lines))
+    line_ends = np.flatnonzero(codes == _LF)
+    ends = line_ends[np.searchsorted(quotes, line_ends) % 2 == 0]
+    lengths = np.diff(ends)
+    return int((lengths > 1).sum() - ((lengths == 2) & (codes[ends[:-1] + 1] == _CR)).sum())
 
 
 def _last_record_start(data: bytes) -> int:
