@@ -44,7 +44,7 @@ VERBS = {
     "status": Verb("status [JOB] cluster=URL", "the jobs of a cluster and where they stand", "cluster.jobs", "status"),
     "logs": Verb("logs JOB cluster=URL", "what a job printed", "cluster.jobs", "logs"),
     "stop": Verb("stop JOB cluster=URL", "end a job; submit it again to go on", "cluster.jobs", "stop"),
-    "test": Verb("test [pytest arguments]", "lint, unit and integration tests"),
+    "test": Verb("test [slow] [pytest arguments]", "lint, unit and integration tests; slow: the long proofs"),
     "lint": Verb("lint", "ruff, mypy, shellcheck"),
 }
 

@@ -33,6 +33,8 @@ from sharding.schema import token_dtype
 NEWLINE_PIECE = "<newline>"
 # Unigram training takes 18.5 bytes of memory per character counted (measured): 40 M of them take 0.74 GB.
 TRAINING_CHARS = 40_000_000
+# … and this many more of rare words: about 600,000 of them.
+RARE_CHARS = TRAINING_CHARS // 8
 # About 200 bytes a word (measured): 400 MB in a worker.
 CACHED_WORDS = 2_000_000
 # Words of the kind "word": numbers with what joins them (10.2, 5/6, 12:30), words with their apostrophes, signs.
@@ -65,12 +67,17 @@ def units(word: str, kind: str) -> list[str]:
 def thinned(words: pa.Table) -> dict[str, int]:
     """What is left of a table (word, count) when counts are divided so that training fits into memory.
 
+    Of words too rare to be left with a count, the most frequent stay with 1: a vocabulary needs different words.
     A pure function of the counts, whatever their order.
     """
-    chars = pc.sum(pc.multiply(pc.utf8_length(words["word"]).cast(pa.int64()), words["count"])).as_py() or 0
+    words = words.append_column("chars", pc.utf8_length(words["word"]).cast(pa.int64()))
+    chars = pc.sum(pc.multiply(words["chars"], words["count"])).as_py() or 0
     divided = pc.divide(words["count"], max(-(-chars // TRAINING_CHARS), 1))
+    rare = words.filter(pc.equal(divided, 0)).sort_by([("count", "descending"), ("word", "ascending")])
+    rare = rare.filter(pc.less_equal(pc.cumulative_sum(rare["chars"]), RARE_CHARS))
     stay = words.set_column(1, "count", divided).filter(pc.greater(divided, 0))
-    return dict(zip(stay["word"].to_pylist(), stay["count"].to_pylist(), strict=True))
+    counts = dict(zip(stay["word"].to_pylist(), stay["count"].to_pylist(), strict=True))
+    return counts | dict.fromkeys(rare["word"].to_pylist(), 1)
 
 
 def train(word_counts: Mapping[str, int], config: TokenizerConfig, symbols: Sequence[str]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ from cluster.errors import DataError
 from sharding import check
 from sharding.readers.mimic import COLUMNS, PUBLISHED_NOTES
 
-URL = "memory://check/NOTEEVENTS.csv.gz"
+URL = "memory://check/NOTEEVENTS.csv"
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,7 @@ def _clean() -> Iterator[None]:
 def put(notes: pa.Table) -> None:
     sink = io.BytesIO()
     pa.csv.write_csv(notes, sink)
-    fsspec.filesystem("memory").pipe("/check/NOTEEVENTS.csv.gz", gzip.compress(sink.getvalue(), 1))
+    fsspec.filesystem("memory").pipe("/check/NOTEEVENTS.csv", sink.getvalue())
 
 
 def published() -> pa.Table:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,3 +93,13 @@ def test_cleaning_twice_is_cleaning_once(text: str) -> None:
         assert clean(once, config) == once
         assert "  " not in once
         assert "\r" not in once
+
+
+def test_the_table_in_the_documentation_is_true() -> None:
+    page = (Path(__file__).parents[3] / "docs/sharding.md").read_text()
+    rows = re.findall(r"^\| `(<\w+>)` \| (.+) \|$", page, re.MULTILINE)
+    assert {token for token, _ in rows} == set(CLASS_TOKENS)
+    kinds = [(token, kind.strip("` ")) for token, kinds in rows for kind in kinds.split(",")]
+    assert len(kinds) > 45
+    wrong = {kind: token for token, kind in kinds if clean(f"[**{kind}**]", CleanConfig()) != token}
+    assert not wrong

@@ -139,8 +139,11 @@ def test_a_size_that_cannot_be_names_the_one_that_can(kind: str) -> None:
 
 def test_large_counts_are_divided_so_that_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRAINING_CHARS", 1000)
-    words = pa.table({"word": ["abcde", "rare", "z"], "count": [1000, 3, 40]})
-    assert thinned(words) == {"abcde": 166, "z": 6}  # 5,052 characters: a sixth of every count
+    monkeypatch.setattr(module, "RARE_CHARS", 9)
+    words = pa.table({"word": ["abcde", "rar2", "none", "rare", "z"], "count": [1000, 3, 2, 3, 40]})
+    # 5,072 characters: a sixth of every count, and 9 characters of the words that are then left with none.
+    assert thinned(words) == {"abcde": 166, "z": 6, "rar2": 1, "rare": 1}
+    assert thinned(words.take([4, 3, 2, 1, 0])) == thinned(words)
     assert thinned(words.slice(0, 0)) == {}
 
 
