@@ -268,7 +268,7 @@ def _two_workers(work: Path, donor: Path, options: Options) -> float:
     for number in range(options.rounds):
         for workers in seconds:
             output = work / f"workers-{workers}-{number}"
-            recipe = _recipe(hospital, output, donor, workers=workers, reader={"name": "mimic"}, block_mib=16)
+            recipe = _recipe(hospital, output, donor, workers=workers, reader={"name": "mimic"})
             seconds[workers].append(_ours(recipe, work)["seconds"])
     one, two = map(statistics.median, seconds.values())
     logs.say(f"{hospital.stat().st_size / 1e6:,.0f} MB: one worker {one:.1f} s, two {two:.1f} s, {one / two:.2f} times")

@@ -162,8 +162,10 @@ def _scrubbed(texts: pa.StringArray) -> bytes:
     pieces = _TAG.split(joined)  # every other piece is the inside of a tag
     pieces[1::2] = _class_tokens(pieces[1::2])
     joined = b"".join(pieces)
-    joined = joined.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b" \n ")
-    for sign in _BLANKS:
+    if b"\r" in joined:
+        joined = joined.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    joined = joined.replace(b"\n", b" \n ")
+    for sign in _BLANKS[:1] if joined.isascii() else _BLANKS:
         if sign[:1] in joined:  # one byte is found ten times faster than three
             joined = joined.replace(sign, b" ")
     return joined

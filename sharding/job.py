@@ -46,7 +46,8 @@ IRRELEVANT = {"input", "output", "workers", "tokenizer_from"}
 class ShardRecipe(Section):
     """All that decides about a corpus. The tokenizer is trained here or taken from another corpus.
 
-    `input` is a file, a folder, or a pattern with `*`. `block_mib` is the size of a task's input and of a shard's text.
+    `input` is a file, a folder, or a pattern with `*`. `block_mib` is the size of a task's input
+    (larger ones are slower a byte: their arrays leave the processor's cache), `shard_mib` of the text of a shard.
     """
 
     input: str
@@ -60,7 +61,8 @@ class ShardRecipe(Section):
     tokenizer_from: str | None = None
     order: Literal["notes", "patients"] = "notes"  # shuffled notes; shuffled patients, notes in time order
     seed: int = Field(default=1, ge=0)  # of the order
-    block_mib: float = Field(default=64, gt=0, le=512)
+    block_mib: float = Field(default=16, gt=0, le=512)
+    shard_mib: float = Field(default=64, gt=0, le=512)
     workers: int = Field(default=0, ge=0)  # tasks at a time; 0: one for every CPU of the cluster
 
     @model_validator(mode="after")
@@ -176,7 +178,7 @@ class _Job:
             recipe.dedup,
             recipe.near_similarity,
             recipe.order,
-            self.block_bytes,
+            max(int(recipe.shard_mib * (1 << 20)), 1),
             recipe.seed,
             self._run,
         )

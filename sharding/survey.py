@@ -102,7 +102,7 @@ def _words_of(digests: pa.FixedSizeBinaryArray) -> np.ndarray:
 
 
 def _check_unique(names: pa.ChunkedArray) -> None:
-    if pc.count_distinct(names).as_py() != len(names):
+    if len(pc.unique(names)) != len(names):
         counted = names.value_counts()
         twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
         raise DataError(f"doc_id {pc.min(twice).as_py()} stands twice in the input; it must name one note")

@@ -37,6 +37,7 @@ SETTINGS = {
     "splits": {"valid": 0.1, "test": 0.1},
     "dedup": "near",
     "block_mib": 0.05,
+    "shard_mib": 0.05,
 }
 WORDS = [
     "reader.name=mimic",
@@ -45,6 +46,7 @@ WORDS = [
     "splits.test=0.1",
     "dedup=near",
     "block_mib=0.05",
+    "shard_mib=0.05",
 ]
 
 

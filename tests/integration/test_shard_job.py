@@ -81,6 +81,7 @@ def recipe(source: Path, output: Path, **changes: Any) -> ShardRecipe:
         "splits": {"valid": 0.2, "test": 0.2},
         "tokenizer": {"vocab_size": 330},
         "block_mib": 0.015,
+        "shard_mib": 0.015,
         "workers": 2,
     }
     return validate(ShardRecipe, values | changes, "test")
@@ -155,7 +156,7 @@ def test_a_rerun_has_nothing_left_to_do(
     said: list[str] = []
     monkeypatch.setattr(logs, "say", said.append)
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    run(recipe(source, made, workers=1, block_mib=0.015))
+    run(recipe(source, made, workers=1, block_mib=0.015, shard_mib=0.015))
     assert "nothing left to do" in said[-1]
     assert before == {path: path.stat().st_mtime_ns for path in made.iterdir()}
 
@@ -375,7 +376,7 @@ def test_copied_forward_notes_are_dropped_within_a_patient_and_counted(made: Pat
     text = io.StringIO()
     csv.writer(text).writerows([HEADER, *rows])
     source.write_bytes(text.getvalue().encode())
-    options = {"tokenizer_from": str(made), "tokenizer": None, "block_mib": 0.05}
+    options = {"tokenizer_from": str(made), "tokenizer": None, "block_mib": 0.05, "shard_mib": 0.05}
     found = run(recipe(source, tmp_path / "near", dedup="near", **options)).manifest
     # Equal notes go first, wherever they are; then the copy of the patient's own note.
     assert found["drops"] == {"duplicate": 120, "empty": 0, "iserror": 0, "near_duplicate": 120}
@@ -445,7 +446,7 @@ def test_notes_without_names_are_numbered_over_all_files(tmp_path: Path, made: P
         lines = "".join(f"cardoitis note {number} {line}\n" for line in range(100))
         (tmp_path / f"{number}.csv").write_text("text\n" + lines)
     options = {"reader": {"name": "csv", "text": "text"}, "tokenizer_from": str(made), "tokenizer": None}
-    corpus = run(recipe(tmp_path / "*.csv", tmp_path / "out", block_mib=0.001, **options))
+    corpus = run(recipe(tmp_path / "*.csv", tmp_path / "out", block_mib=0.001, shard_mib=0.001, **options))
     names = [name for split in SPLITS for name in corpus.split(split).column("doc_id")]
     assert sorted(names, key=int) == [str(number) for number in range(1, 301)]
     split = corpus.split("train")

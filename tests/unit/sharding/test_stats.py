@@ -48,6 +48,7 @@ def make(name: str, words: list[str], **changes: Any) -> Corpus:
         "reader": {"name": "csv", "doc_id": "id", "text": "text", "patient_id": "patient", "category": "kind"},
         "splits": {"valid": 0.2, "test": 0.2},
         "block_mib": 0.05,
+        "shard_mib": 0.05,
     }
     return job.run(validate(job.ShardRecipe, recipe | changes, "test"))
 

@@ -62,6 +62,7 @@ def make(name: str) -> str:
         "splits": {"valid": 0.3, "test": 0.2},
         "tokenizer": {"vocab_size": 300},
         "block_mib": 0.03,
+        "shard_mib": 0.03,
     }
     job.run(validate(job.ShardRecipe, recipe, "test"))
     return f"memory://verify/{name}"
