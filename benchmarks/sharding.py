@@ -50,6 +50,7 @@ from sharding.verify import verify  # noqa: E402
 
 RIVALS = ("encode", "hf_datasets", "datatrove", "ray_data")
 WINDOW_ROWS, WINDOW_TOKENS, WINDOWS = 16, 513, 20_000
+SETTLED_SECONDS = 10  # until the processes of Ray that start in the background have started
 LENGTH_CHARS = 1250  # at least; with the note that is added last, 1,900 on average
 csv.field_size_limit(sys.maxsize)
 
@@ -84,6 +85,7 @@ def _job(recipe: dict[str, Any]) -> dict[str, Any]:
     """Runs a recipe to verified shards: seconds of wall and CPU, and the peak memory of each kind of process."""
     chosen = config.validate(ShardRecipe, recipe, "the benchmark")
     ray_runtime.start(chosen.workers)
+    time.sleep(SETTLED_SECONDS)
     with Watched() as watched:
         began = time.perf_counter()
         corpus = run(chosen)

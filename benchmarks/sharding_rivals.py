@@ -48,6 +48,7 @@ WINDOW_ROWS, WINDOW_TOKENS = 16, 513
 # The actor holds one core; without another for the reader, Ray Data waits forever and says nothing.
 RAY_CPUS = 2
 CPU_SAMPLE_SECONDS = 0.2
+SETTLED_SECONDS = 10  # until the processes of Ray that start in the background have started
 
 Count = Callable[[], tuple[int, int]]
 Work = Callable[[], Count]
@@ -116,6 +117,7 @@ def ray_data(options: SimpleNamespace) -> Work:
 
     ray.init("local", num_cpus=RAY_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
+    time.sleep(SETTLED_SECONDS)
     saved = f"{options.out}/parquet"
     several_lines = ParseOptions(newlines_in_values=True)
     as_written = ConvertOptions(include_columns=[options.doc, options.text], column_types={options.text: pa.string()})

@@ -71,7 +71,9 @@ def read_block(
     notes = notes.append_column("split", pa.array(_splits(patients, splits)))
     sketches = _sketches(words.vocabulary, words.ids, words.offsets) if near else pa.nulls(len(notes))
     notes = notes.append_column("sketch", sketches.cast(NOTE_SCHEMA.field("sketch").type))
-    lists = pa.ListArray.from_arrays(pa.array(words.offsets, pa.int32()), pa.array(words.ids))
+    # Most blocks have few enough distinct words for half the bytes.
+    narrow = np.uint16 if len(words.vocabulary) <= 1 << 16 else np.int32
+    lists = pa.ListArray.from_arrays(pa.array(words.offsets, pa.int32()), pa.array(words.ids.astype(narrow)))
     filled = pa.array(~words.blank)
     files = {
         "notes": notes.select(NOTE_SCHEMA.names).cast(NOTE_SCHEMA).filter(filled),

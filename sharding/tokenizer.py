@@ -193,11 +193,14 @@ class Tokenizer:
         marks = self.bos + self.eos
         marked = np.empty(len(ids) + marks * notes, np.int32)
         ends = offsets + marks * np.arange(notes + 1)
-        marked[np.arange(len(ids)) + np.repeat(marks * np.arange(notes) + self.bos, np.diff(offsets))] = ids
+        is_word = np.ones(len(marked), bool)
         if self.bos:
             marked[ends[:-1]] = words
+            is_word[ends[:-1]] = False
         if self.eos:
             marked[ends[1:] - 1] = words + 1
+            is_word[ends[1:] - 1] = False
+        marked[is_word] = ids
         return marked, ends
 
     def decode(self, ids: Sequence[int]) -> str:
