@@ -71,13 +71,13 @@ def enter(run: str, recipe: config.Section, corpus: Corpus) -> dict[str, Any]:
     return begun
 
 
-def held(run: str) -> contextlib.AbstractContextManager[None]:
+def held(run: str, patience_seconds: float = 60.0) -> contextlib.AbstractContextManager[None]:
     """Keeps every other process of this machine from training in the same directory.
 
     The lock ends with the process, however it dies; a restarted worker waits for the one it replaces.
     """
     busy = f"{run}: another process is training in it; wait for it, stop it, or choose another run_dir="
-    return storage.held(run, busy, patience_seconds=60)
+    return storage.held(run, busy, patience_seconds)
 
 
 @dataclass(frozen=True)

@@ -156,16 +156,18 @@ def _pages(block: Block) -> Iterator[tuple[int, ElementTree.Element]]:
     data, place = ranges.data_of(block), 0
     while (begin := data.find(PAGE, place)) >= 0:
         end = data.find(PAGE_END, begin)
-        between = data[place:begin]
+        _check_nothing(block, data[place:begin], place)
         place = end + len(PAGE_END)
         where = f"{block.url}: the page at byte {block.start + begin}"
         if end < 0:
             raise DataError(f"{where} has no end; the file is damaged")
-        if between.strip():
-            raise DataError(f"{where} follows something that is no page; the file is damaged")
         try:
             yield block.start + begin, ElementTree.fromstring(data[begin:place])
         except ElementTree.ParseError:
             raise DataError(f"{where} is not well-formed XML; the file is damaged") from None
-    if data[place:].strip():
+    _check_nothing(block, data[place:], place)
+
+
+def _check_nothing(block: Block, between: bytes, place: int) -> None:
+    if between.strip():
         raise DataError(f"{block.url}: no page at byte {block.start + place}; the file is damaged")
