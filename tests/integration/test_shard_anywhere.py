@@ -146,7 +146,7 @@ def s3() -> Iterator[dict[str, str]]:
             server.wait()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_s3_gives_the_same_bytes(packed: bool, source: Path, made: dict[str, str], s3: dict[str, str]) -> None:
     kind = "gz" if packed else "plain"
     stored = f"s3://notes/{kind}/NOTEEVENTS.csv" + (".gz" if packed else "")

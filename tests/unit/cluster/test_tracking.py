@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import wandb
 import wandb_files
 
 from cluster import storage, tracking
@@ -13,6 +14,8 @@ def log_steps(run: str, steps: range, resumed: int | None, config: TrackingConfi
     with tracking.opened(run, config, "abc123", {}, resumed) as track:
         for step in steps:
             track.log(step=step, loss=1 / (step + 1))
+    if config is not NO_MIRROR:
+        wandb.teardown()  # every start of a run is a process of its own, with a service of its own
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
