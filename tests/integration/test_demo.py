@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "hospital.toml": {"patients = 400": "patients = 80"},
     "shard.toml": {"vocab_size = 2000": "vocab_size = 1000"},
-    "awd_lstm.toml": {"eval_every = 400": "eval_every = 100", "save_every = 100": "save_every = 30"},
+    "awd_lstm.toml": {
+        "eval_every = 400": "eval_every = 100",
+        "save_every = 100": "save_every = 30",
+        "embedding = 128": "embedding = 48",
+        "hidden = 256": "hidden = 96",
+    },
     "finetune.toml": {"seeds = [1, 2, 3]": "seeds = [1]", "epochs_head = 15": "epochs_head = 3"},
 }
 
