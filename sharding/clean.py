@@ -178,10 +178,14 @@ def _joined(texts: pa.StringArray) -> bytes:
 
 def _class_tokens(kinds: list[bytes]) -> list[bytes]:
     """The token of every tag. "Known lastname 123" and "… 456" are one kind; which digits they are counts in a year."""
+    if not kinds:
+        return []
     alike = b"\x00".join(kinds).translate(_DIGITS).split(b"\x00")
-    return [
-        _token_of(kind if same.strip() == b"0000" else same) for kind, same in zip(kinds, alike, strict=bool(kinds))
-    ]
+    tokens = {same: _token_of(same) for same in set(alike)}
+    years = {same for same in tokens if same.strip() == b"0000"}
+    if not years:
+        return [tokens[same] for same in alike]
+    return [_token_of(kind) if same in years else tokens[same] for kind, same in zip(kinds, alike, strict=True)]
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -54,7 +54,7 @@ class ShardRecipe(Section):
     output: str
     reader: Annotated[ReaderConfig, Field(discriminator="name")]
     clean: CleanConfig = CleanConfig()
-    dedup: Literal["off", "exact", "near"] = "exact"
+    dedup: parts.Compare = "exact"
     near_similarity: float = Field(default=0.7, gt=0, le=1)  # Jaccard; as Gabriel et al. 2018 for MIMIC-III
     splits: SplitConfig = SplitConfig()
     tokenizer: TokenizerConfig | None = None
@@ -234,6 +234,9 @@ class _Job:
         found: dict[int, dict[str, Any]] = {}
         file_of_block: dict[int, int] = {}
         recipe = self.recipe
+        compare: parts.Compare = recipe.dedup
+        if compare == "off" and recipe.tokenizer is not None and recipe.tokenizer.sample < 1:
+            compare = "exact"  # the sample goes by digest
 
         def unread() -> Iterator[tuple[Any, ...]]:
             number = itertools.count()
@@ -244,8 +247,7 @@ class _Job:
                     if part := parts.done(self.work, "read", index):
                         found[index] = part
                     else:
-                        near = recipe.dedup == "near"
-                        yield index, block, recipe.reader, recipe.clean, recipe.splits, near, self.work
+                        yield index, block, recipe.reader, recipe.clean, recipe.splits, compare, self.work
 
         ends = np.cumsum([0, *map(storage.size_bytes, self.sources)])
         with logs.progress("read", int(ends[-1])) as advance, _Rate() as rate:

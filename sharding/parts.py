@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,8 @@ from sharding.shards import TOKENIZER, write_shard
 from sharding.splits import SplitConfig, split_of
 from sharding.tokenizer import Tokenizer, units
 
+Compare = Literal["off", "exact", "near"]
+
 # How the names of work files begin.
 NAMES = ("part-", "read.json", "index.json")
 
@@ -45,7 +47,7 @@ NOTE_SCHEMA = pa.schema(
         pa.field("time", pa.string()),
         pa.field("n_bytes", pa.int64(), nullable=False),
         pa.field("split", pa.int8(), nullable=False),  # place in SPLITS
-        pa.field("digest", pa.binary(dedup.DIGEST_BYTES), nullable=False),
+        pa.field("digest", pa.binary(dedup.DIGEST_BYTES), nullable=False),  # zeros where nothing asks for it
         pa.field("sketch", pa.binary(dedup.SKETCH_BYTES)),  # only where near-duplicates are looked for
     ]
 )
@@ -56,20 +58,32 @@ def _url(work: str, index: int, kind: str) -> str:
 
 
 def read_block(
-    index: int, block: Block, reader: ReaderConfig, cleaning: CleanConfig, splits: SplitConfig, near: bool, work: str
+    index: int,
+    block: Block,
+    reader: ReaderConfig,
+    cleaning: CleanConfig,
+    splits: SplitConfig,
+    compare: Compare,
+    work: str,
 ) -> dict[str, Any]:
-    """Parses and cleans a block, gives each note its split, and writes the part. Returns its counts."""
+    """Parses and cleans a block, gives each note its split, and writes the part. Returns its counts.
+
+    `compare` says what later steps ask of the text: nothing, its digest, or its sketch too.
+    """
     parsed = reader.parse(block)
     words = clean_notes(parsed.notes.column("text").combine_chunks(), cleaning)
     hashes = dedup.word_hashes(words.vocabulary)
-    digests = dedup.note_digests(hashes, words.ids, words.offsets)
+    patients = parsed.notes.column("patient_id").combine_chunks()
+    digests = [bytes(dedup.DIGEST_BYTES)] * len(patients)
+    if compare != "off" or patients.null_count:
+        digests = dedup.note_digests(hashes, words.ids, words.offsets)
     notes = parsed.notes.drop_columns(["text"]).append_column("n_bytes", pa.array(words.n_bytes))
     notes = notes.append_column("digest", pa.array(digests, pa.binary(dedup.DIGEST_BYTES)))
-    own = pa.array([digest.hex() for digest in digests], pa.string())
-    patients = pc.coalesce(notes.column("patient_id"), own).combine_chunks()
+    if patients.null_count:
+        patients = pc.coalesce(patients, pa.array([digest.hex() for digest in digests], pa.string()))
     notes = notes.set_column(notes.column_names.index("patient_id"), "patient_id", patients)
     notes = notes.append_column("split", pa.array(_splits(patients, splits)))
-    sketches = _sketches(words.vocabulary, words.ids, words.offsets) if near else pa.nulls(len(notes))
+    sketches = _sketches(words.vocabulary, words.ids, words.offsets) if compare == "near" else pa.nulls(len(notes))
     notes = notes.append_column("sketch", sketches.cast(NOTE_SCHEMA.field("sketch").type))
     # Most blocks have few enough distinct words for half the bytes.
     narrow = np.uint16 if len(words.vocabulary) <= 1 << 16 else np.int32

@@ -21,13 +21,13 @@ READER = CsvReader(text="text", patient_id="patient")
 TEXTS = [(str(patient), f"own{patient} Shared word{note}") for note in range(2) for patient in range(30)]
 
 
-def read(folder: Path, case: str = "keep", reader: CsvReader = READER) -> str:
+def read(folder: Path, case: str = "keep", reader: CsvReader = READER, compare: parts.Compare = "near") -> str:
     source = folder / "notes.csv"
     source.write_text("patient,text\n31, \n" + "".join(f"{patient},{text}\n" for patient, text in TEXTS))
     (block,) = reader.blocks(str(source), 1 << 20)
     work = str(folder / "work")
     config = CleanConfig.model_validate({"case": case})
-    counts = parts.read_block(0, block, reader, config, SPLITTING, True, work)
+    counts = parts.read_block(0, block, reader, config, SPLITTING, compare, work)
     assert (counts["rows"], counts["notes"], counts["drops"]) == (61, 60, {"empty": 1})
     assert counts["bytes_read"] == sum(len(text) for _, text in TEXTS)
     return work
@@ -57,8 +57,17 @@ def test_a_part_holds_what_decides_about_its_notes(tmp_path: Path) -> None:
     assert [SPLITS[place] for place in notes["split"].to_pylist()] == [split_of(p, SPLITTING) for p, _ in TEXTS]
 
 
+@pytest.mark.parametrize(("compare", "digests", "sketches"), [("off", 1, 0), ("exact", 60, 0), ("near", 60, 60)])
+def test_a_part_holds_no_more_than_later_steps_ask_for(
+    tmp_path: Path, compare: parts.Compare, digests: int, sketches: int
+) -> None:
+    notes = parts.notes_of(read(tmp_path, compare=compare), 0)
+    assert len(set(notes["digest"].to_pylist())) == digests
+    assert len(notes) - notes["sketch"].null_count == sketches
+
+
 def test_a_note_without_a_patient_is_its_own(tmp_path: Path) -> None:
-    notes = parts.notes_of(read(tmp_path, reader=CsvReader(text="text")), 0)
+    notes = parts.notes_of(read(tmp_path, reader=CsvReader(text="text"), compare="off"), 0)
     assert notes["patient_id"].to_pylist() == [text_digest(text).hex() for _, text in TEXTS]
 
 
