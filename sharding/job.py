@@ -286,6 +286,7 @@ class _Job:
         assert chosen is not None  # the recipe was validated
         if not storage.exists(url):
             total = tokenizer.thinned(self._count_words(found, chosen))
+            pa.default_memory_pool().release_unused()  # the survey's; training is the driver's peak of memory
             logs.say(f"training a {chosen.kind} tokenizer of {chosen.vocab_size:,} on {len(total):,} different words")
             storage.write_bytes(url, tokenizer.train(total, chosen, CLASS_TOKENS))
         return Tokenizer(storage.read_bytes(url), bos=chosen.bos, eos=chosen.eos)

@@ -50,12 +50,13 @@ def survey(
     """Looks at all notes, without their words. Raises DataError where a name stands twice or times are missing."""
     firsts = np.cumsum([0, *(part["rows"] for part in read)])
     tables = [parts.notes_of(work, part["index"]).select(COLUMNS) for part in read]
-    ends = np.cumsum([len(table) for table in tables])[:-1]
+    lengths = [len(table) for table in tables]
+    ends = np.cumsum(lengths)[:-1]
     nothing = parts.NOTE_SCHEMA.empty_table().select(COLUMNS)
     notes = pa.concat_tables([nothing, *tables]).combine_chunks()
-    numbers = notes.column("record").to_numpy() + np.repeat(firsts[:-1], [len(table) for table in tables]) + 1
-    names = pc.coalesce(notes.column("doc_id"), pa.array(numbers).cast(pa.string()))
-    _check_unique(names)
+    del tables  # and with them the files they are maps of
+    numbers = notes.column("record").to_numpy() + np.repeat(firsts[:-1], lengths) + 1
+    _check_unique(pc.coalesce(notes.column("doc_id"), pa.array(numbers).cast(pa.string())))
     digests = _words_of(notes.column("digest").combine_chunks())
     drops: Counter[str] = Counter()
     keep = np.ones(len(notes), bool)
