@@ -285,10 +285,11 @@ class _Job:
         chosen = self.recipe.tokenizer
         assert chosen is not None  # the recipe was validated
         if not storage.exists(url):
-            total = tokenizer.thinned(self._count_words(found, chosen))
-            pa.default_memory_pool().release_unused()  # the survey's; training is the driver's peak of memory
-            logs.say(f"training a {chosen.kind} tokenizer of {chosen.vocab_size:,} on {len(total):,} different words")
-            storage.write_bytes(url, tokenizer.train(total, chosen, CLASS_TOKENS))
+            words = self._count_words(found, chosen)
+            logs.say(f"training a {chosen.kind} tokenizer of {chosen.vocab_size:,} on {len(words):,} different words")
+            # In a task, because the driver has the survey in its memory.
+            (model,) = self._run(tokenizer.train_on_table, [(words, chosen, CLASS_TOKENS)])
+            storage.write_bytes(url, model)
         return Tokenizer(storage.read_bytes(url), bos=chosen.bos, eos=chosen.eos)
 
     def _count_words(self, found: Survey, chosen: TokenizerConfig) -> pa.Table:

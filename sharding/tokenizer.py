@@ -80,6 +80,11 @@ def thinned(words: pa.Table) -> dict[str, int]:
     return counts | dict.fromkeys(rare["word"].to_pylist(), 1)
 
 
+def train_on_table(words: pa.Table, config: TokenizerConfig, symbols: Sequence[str]) -> bytes:
+    """`train` on what `thinned` leaves of a table (word, count)."""
+    return train(thinned(words), config, symbols)
+
+
 def train(word_counts: Mapping[str, int], config: TokenizerConfig, symbols: Sequence[str]) -> bytes:
     """A SentencePiece model from word counts; each of `symbols` becomes one token.
 
