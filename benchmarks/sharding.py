@@ -91,7 +91,7 @@ def _job(recipe: dict[str, Any]) -> dict[str, Any]:
     with Watched() as watched:
         began = time.perf_counter()
         corpus = run(chosen)
-        faults = verify(chosen.output)
+        faults = verify(chosen.output, chosen.workers)
         seconds = time.perf_counter() - began
     if faults:
         raise SystemExit(faults[0])
@@ -130,7 +130,7 @@ class Watched:
     def _watch(self) -> None:
         last = False
         while not last:
-            last = self._over.wait(0.2)
+            last = self._over.wait(1)
             self._used |= {pid: seconds - self._before.get(pid, 0) for pid, seconds in self._cpu().items()}
 
     def _cpu(self) -> dict[int, float]:

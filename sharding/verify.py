@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import config, logs, storage
 from cluster.errors import DataError, StorageError
@@ -109,13 +109,15 @@ class VerifyConfig(config.Section):
     """`./launch.sh verify SHARDS`."""
 
     shards: str
+    workers: int = Field(default=0, ge=0)  # shards looked at at a time; 0: one for every CPU of this machine
 
 
 def main(args: list[str]) -> None:
     """The verb `verify`: a line for every fault, and DataError where there is one."""
-    shards = config.load(VerifyConfig, args, positional="shards").shards
+    options = config.load(VerifyConfig, args, positional="shards")
+    shards = options.shards
     began = time.monotonic()
-    faults = verify(shards)
+    faults = verify(shards, options.workers)
     seconds = max(time.monotonic() - began, 1e-9)
     for fault in faults:
         logs.say(fault)
@@ -131,8 +133,11 @@ def main(args: list[str]) -> None:
     )
 
 
-def verify(url: str) -> list[str]:
-    """The faults of a shard directory, each a line that begins with the name of a file; none if it is whole."""
+def verify(url: str, workers: int = 0) -> list[str]:
+    """The faults of a shard directory, each a line that begins with the name of a file; none if it is whole.
+
+    `workers` shards are looked at at a time; 0: one for every CPU of this machine.
+    """
     present = _names(url)
     faults: list[str] = []
     manifest, fault = _manifest(url)
@@ -146,7 +151,7 @@ def verify(url: str) -> list[str]:
     tokenizer, fault = _tokenizer(url, manifest)
     faults += fault
     items = manifest.shards if manifest is not None else _by_sidecars(url, present)
-    found = _looked_at(items, functools.partial(_shard, url, manifest=manifest, tokenizer=tokenizer))
+    found = _looked_at(items, functools.partial(_shard, url, manifest=manifest, tokenizer=tokenizer), workers)
     for one in found:
         faults += one.faults
     faults += _repeated(found)
@@ -284,11 +289,11 @@ def _sidecar(name: str) -> str:
     return f"{name.removesuffix('.arrow')}.json"
 
 
-def _looked_at(items: list[tuple[str, _Shard]], look: Callable[[str, _Shard], _Found]) -> list[_Found]:
+def _looked_at(items: list[tuple[str, _Shard]], look: Callable[[str, _Shard], _Found], workers: int) -> list[_Found]:
     """What was found in every shard, several at a time."""
     found: list[_Found] = []
     read, began = 0, time.monotonic()
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         with logs.progress("verify", sum(max(shard.size, 0) for _, shard in items)) as advance:
             for one in pool.map(lambda item: look(*item), items):
