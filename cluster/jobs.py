@@ -62,8 +62,13 @@ def submit(args: list[str]) -> None:
             client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=environment)
             break
         except RuntimeError as exc:
-            if "No available agent" not in str(exc) or time.monotonic() > deadline:
+            if "No available agent" not in str(exc):
                 raise ConfigError(f"{client.get_address()}: the cluster refused the job: {exc}") from exc
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{client.get_address()}: no node of the cluster takes jobs, {AGENT_SECONDS} s long; where several "
+                    "Ray clusters share a machine, start each with --dashboard-agent-listen-port=0"
+                ) from exc
             time.sleep(1)
     terminal.say(f"submitted {job}; follow it with ./launch.sh logs {job}")
 

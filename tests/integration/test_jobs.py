@@ -37,6 +37,8 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     ray = Path(sys.executable).with_name("ray")
     env["PATH"] = f"{ray.parent}{os.pathsep}{env['PATH']}"  # jobs run the `python` of the node, as in an activated venv
     command = [str(ray), "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    # The agent's port is fixed by default: beside another Ray on this machine the node would take no jobs.
+    command += ["--dashboard-agent-listen-port=0"]
     command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     head = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
