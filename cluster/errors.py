@@ -5,7 +5,8 @@
     ├── DataError      notes, tables, shards, tokenizers
     ├── StorageError   files and URLs: missing, unreadable, no space left
     ├── TrainingError  a run that must not go on (a loss that is not finite, a damaged checkpoint)
-    └── ClusterError   Ray, a node or too many workers died; the same command goes on
+    ├── ClusterError   Ray, a node or too many workers died; the same command goes on
+    └── Preempted      told to stop (SIGTERM): all is saved, the same command goes on
 
 The command line prints the message and exits with `exit_code`; it shows no traceback for these. Messages carry
 identifiers and counts, never text of a note.
@@ -40,3 +41,9 @@ class ClusterError(ChartlmError):
     """Machines that failed under a job which is itself in order."""
 
     exit_code = 3
+
+
+class Preempted(ChartlmError):
+    """Work that was told to stop and saved all it had; the code asks a scheduler to start it again (EX_TEMPFAIL)."""
+
+    exit_code = 75

@@ -166,5 +166,12 @@ def train_workers(
         ) from exc
 
 
+def machine_goes() -> bool:
+    """Whether the cluster has announced that it takes away a machine of this run. Every training worker must ask as
+    often as the others: Ray makes it a barrier.
+    """
+    return ray.train.get_preemption_info() is not None
+
+
 def _first_line(error: object) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

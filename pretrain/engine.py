@@ -7,11 +7,12 @@ whatever the ZeRO stage and the number of workers, so a checkpoint need not know
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cluster.config import Section
-from cluster.errors import ConfigError
-from pretrain.models.awd_lstm import Carry
+from cluster.errors import ConfigError, TrainingError
+from pretrain.models import Carry
 from pretrain.models.dropout import Masks
 from pretrain.streams import IGNORED, Batch
 
@@ -46,14 +47,16 @@ PARAMETER = "parameter"  # the name of a parameter's own value beside its optimi
 class EngineConfig(Section):
     """Section `engine` of a training recipe."""
 
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation: int = Field(1, ge=1, description="groups that a worker's lanes are cut into, one in memory at a time")
+    whole_below: int = Field(100_000, ge=0, description="parameters of fewer elements are not partitioned at ZeRO-3")
     timeout_seconds: int = Field(300, ge=10, description="a collective that takes longer means a lost worker")
 
     @model_validator(mode="after")
     def _bf16_is_sharded(self) -> EngineConfig:
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("bf16 needs zero_stage 1 or 2, where an fp32 copy of the weights is kept")
+            raise ValueError("bf16 needs zero_stage 1, 2 or 3, where an fp32 copy of the weights is kept")
         return self
 
 
@@ -108,6 +111,16 @@ class Workers:
             dist.destroy_process_group()
 
 
+class Scorer(Protocol):
+    """What evaluation needs of a model: an Engine, or a `Plain` module."""
+
+    def initial_carry(self, lanes: int) -> Carry:
+        """The carry before the first token."""
+
+    def score(self, batch: Batch, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
+        """(nll of every target in nats, whether it was the most likely token, carry), without dropout."""
+
+
 class Objective(nn.Module):
     """What DeepSpeed differentiates: next-token cross-entropy plus the model's own penalty."""
 
@@ -115,17 +128,46 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, carry: Carry, masks: Masks | None, share: float) -> tuple[Tensor, Tensor, Carry]:
+    def forward(
+        self, batch: Batch, carry: Carry, masks: Masks | None, share: float | None
+    ) -> tuple[Tensor, Tensor, Carry]:
         """(objective, sum of negative log-likelihoods in nats, carry). `share` turns this worker's sum into its part of
         the mean over all workers' targets, given that DeepSpeed averages gradients over workers.
+
+        Without a share, scores: (nll of every target in nats, whether it was the most likely token, carry), both
+        [lanes·T] and 0 where a target is IGNORED. They go through here because only within the forward of what
+        DeepSpeed wraps are the parameters whole at ZeRO-3.
         """
-        hidden, carry = self.model(batch.tokens_BT, carry, masks)
-        logits_BTV = self.model.logits(hidden.output_BTE)  # type: ignore[operator]
-        nll = functional.cross_entropy(
-            logits_BTV.float().flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        hidden, carry = self.model(batch.tokens_BT, carry, masks, batch.starts_BT)
+        logits_NV = self.model.logits(hidden.output_BTE).float().flatten(0, 1)  # type: ignore[operator]
+        targets_N = batch.targets_BT.flatten()
+        if share is None:
+            nll_N = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
+            return nll_N, logits_NV.argmax(1) == targets_N, carry
+        nll = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
         penalty = self.model.penalty(hidden)  # type: ignore[operator]
         return nll * share + penalty, nll.detach(), carry
+
+
+class Plain:
+    """A model without DeepSpeed, as a Scorer."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._objective = Objective(model)
+
+    def initial_carry(self, lanes: int) -> Carry:
+        """The carry before the first token."""
+        return self.model.initial_carry(lanes)  # type: ignore[operator, no-any-return]
+
+    def score(self, batch: Batch, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
+        """(nll of every target in nats, whether it was the most likely token, carry), without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            scores = self._objective(batch.to(next(self.model.parameters()).device), carry, None, None)
+        self.model.train(was_training)
+        return scores  # type: ignore[no-any-return]
 
 
 class Engine:
@@ -140,44 +182,110 @@ class Engine:
         lanes_per_worker: int,
         clip: float,
     ):
+        if lanes_per_worker % config.accumulation:
+            raise ConfigError(
+                f"engine.accumulation={config.accumulation} does not divide the {lanes_per_worker} lanes of a worker"
+            )
         self.model = model.to(workers.device)
-        self.workers, self.config = workers, config
+        self.workers, self.config, self.clip = workers, config, clip
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._deepspeed, *_ = deepspeed.initialize(
             model=Objective(self.model),
             optimizer=make_optimizer(self.model),
             config={
-                "train_micro_batch_size_per_gpu": lanes_per_worker,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": clip,
+                "train_micro_batch_size_per_gpu": lanes_per_worker // config.accumulation,
+                "gradient_accumulation_steps": config.accumulation,
+                # At ZeRO-0 DeepSpeed keeps the norm to itself: there `update` clips.
+                "gradient_clipping": clip if config.zero_stage else 0.0,
                 "steps_per_print": 1 << 30,
-                "zero_optimization": {"stage": config.zero_stage},
+                "zero_optimization": {
+                    "stage": config.zero_stage,
+                    "stage3_param_persistence_threshold": config.whole_below,
+                },
                 "zero_allow_untested_optimizer": True,
                 "bf16": {"enabled": config.precision == "bf16"},
             },
         )
 
-    def forward_backward(self, batch: Batch, carry: Carry, masks: Masks, share: float) -> tuple[Tensor, Carry]:
-        """Gradients of one segment; returns (sum of nll in nats on this worker, carry)."""
-        self._deepspeed.train()
-        device = self.workers.device
-        batch = Batch(batch.tokens_BT.to(device), batch.targets_BT.to(device))
-        objective, nll, carry = self._deepspeed(batch, carry, masks, share)
-        self._deepspeed.backward(objective)
-        return nll, carry
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows."""
+        return cast(int, self.model.vocab_size)
 
-    def update(self, lr: float) -> float | None:
-        """Clips, steps the optimizer at learning rate `lr`; returns the norm of the gradient before clipping, where
-        DeepSpeed knows it (not at ZeRO-0).
+    def initial_carry(self, lanes: int) -> Carry:
+        """The carry before the first token."""
+        return self.model.initial_carry(lanes)  # type: ignore[operator, no-any-return]
+
+    def forward_backward(self, batch: Batch, carry: Carry, masks: Masks, targets: int) -> tuple[Tensor, Carry]:
+        """Gradients of one segment of this worker's lanes, as the mean over the `targets` of all workers; returns (sum
+        of nll in nats on this worker, carry). Lanes go through in `accumulation` groups, each with its own carry.
         """
-        for group in self._deepspeed.optimizer.param_groups:
+        self._deepspeed.train()
+        groups = self.config.accumulation
+        share = self.workers.world * groups / max(targets, 1)
+        size = len(batch.tokens_BT) // groups
+        batch = batch.to(self.workers.device)
+        nlls, carries = [], []
+        for group in range(groups):
+            rows = slice(group * size, (group + 1) * size)
+            part = {name: value[rows] for name, value in carry.items()}
+            objective, nll, part = self._deepspeed(batch.rows(rows.start, rows.stop), part, masks.rows(rows), share)
+            self._deepspeed.backward(objective)
+            if group < groups - 1:
+                self._deepspeed.step()  # counts the group; the optimizer waits for the last
+            nlls.append(nll)
+            carries.append(part)
+        after = {name: torch.cat([part[name] for part in carries]) for name in carry} if groups > 1 else carries[0]
+        return torch.stack(nlls).sum(), after
+
+    def score(self, batch: Batch, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
+        """(nll of every target in nats, whether it was the most likely token, carry), without dropout. At ZeRO-3 a
+        collective.
+        """
+        self._deepspeed.eval()
+        with torch.no_grad():
+            return self._deepspeed(batch.to(self.workers.device), carry, None, None)  # type: ignore[no-any-return]
+
+    def update(self, lr: float) -> tuple[float, bool]:
+        """Clips and steps the optimizer at learning rate `lr`. Returns (norm of the gradient before clipping, whether
+        it was applied): a gradient that is not finite is thrown away.
+        """
+        optimizer = self._deepspeed.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
+        if self._sharded:
+            self._deepspeed.step()  # looks at the norm itself, and applies nothing where it is not finite
+            norm = self._deepspeed.get_global_grad_norm()
+            return (math.inf if norm is None else float(norm)), not optimizer.overflow
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            self.discard()
+            return math.inf, False
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         self._deepspeed.step()
-        norm = self._deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return float(norm), True
+
+    def discard(self) -> None:
+        """Throws the gradients of `forward_backward` away, as DeepSpeed does with those that overflow."""
+        optimizer = self._deepspeed.optimizer
+        if self.config.zero_stage == 3:
+            optimizer._overflow_clean_up(None)
+        elif self._sharded:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+        else:
+            optimizer.zero_grad(set_to_none=True)
+        self._deepspeed.micro_steps += 1  # the last group of lanes is over, else the next counts as one more of it
 
     def _flat(self) -> list[Tensor]:
         """The tensors that the inner optimizer holds states for: whole parameters, or this worker's flat parts."""
         optimizer = self._deepspeed.optimizer
+        if self.config.zero_stage == 3:
+            return cast(list[Tensor], optimizer.fp32_partitioned_groups_flat)
         if self._sharded:
             return cast(list[Tensor], optimizer.single_partition_of_fp32_groups)
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -191,11 +299,12 @@ class Engine:
         return self.config.zero_stage > 0
 
     def _link_states(self) -> None:
-        """Lets DeepSpeed find each parameter's optimizer states. It does so itself after the step of the first
-        parameter group, when the other groups have no states yet, and never again (0.19.8).
+        """Lets DeepSpeed find each parameter's optimizer states (ZeRO 1 and 2). It does so itself after the step of the
+        first parameter group, when the other groups have no states yet, and never again (0.19.8).
         """
-        self._deepspeed.optimizer._hp_optimizer_states_linked = False
-        self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        if self.config.zero_stage in (1, 2):
+            self._deepspeed.optimizer._hp_optimizer_states_linked = False
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def state_names(self) -> list[str]:
         """Optimizer states that are tensors of a parameter's shape (`exp_avg`, …); empty before the first step."""
@@ -208,40 +317,64 @@ class Engine:
         return int(self._inner().state.get(self._flat()[0], {}).get("step", 0))
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter, state, whole tensor in fp32 on CPU) of every parameter and optimizer state, in one order on every
-        worker. A collective: every worker must go through all of it.
+        """(parameter, state, whole tensor in fp32) of every parameter and optimizer state, in one order on every
+        worker, without a copy where there is one. A collective: every worker must go through all of it.
         """
         states = self.state_names()
-        if states and self._sharded:
+        if states:
             self._link_states()
         for name, parameter in self.model.named_parameters():
             if not self._sharded:
-                yield name, PARAMETER, parameter.detach().cpu()
+                yield name, PARAMETER, parameter.detach()
             else:
-                yield name, PARAMETER, fragments.safe_get_full_fp32_param(parameter).detach().cpu()
+                yield name, PARAMETER, fragments.safe_get_full_fp32_param(parameter).detach()
             for key in states:
                 if not self._sharded:
-                    yield name, key, self._inner().state[parameter][key].detach().cpu()
+                    yield name, key, self._inner().state[parameter][key].detach()
                 else:
-                    yield name, key, fragments.safe_get_full_optimizer_state(parameter, key).detach().cpu()
+                    yield name, key, fragments.safe_get_full_optimizer_state(parameter, key).detach()
 
     def restore(self, states: list[str], step: int, read: Callable[[str, str], Tensor]) -> None:
         """Sets every parameter and optimizer state from `read(parameter, state)`, as `tensors` gave them."""
         inner = self._inner()
-        for flat in self._flat() if states else []:
+        for flat in self._flat():
             # The inner optimizer makes its states at its first step; here they must exist before it.
-            inner.state[flat] = {key: torch.zeros_like(flat) for key in states}
-            inner.state[flat]["step"] = torch.tensor(float(step), device=flat.device)
-        if states and self._sharded:
+            inner.state.pop(flat, None)
+            if states:
+                inner.state[flat] = {key: torch.zeros_like(flat) for key in states}
+                inner.state[flat]["step"] = torch.tensor(float(step), device=flat.device)
+        if states:
             self._link_states()
         for name, parameter in self.model.named_parameters():
-            value = read(name, PARAMETER).to(self.workers.device)
+            for key in (PARAMETER, *states):
+                value = read(name, key)
+                if value.shape != self._shapes[name]:
+                    raise TrainingError(
+                        f"{name}/{key} of the checkpoint has shape {tuple(value.shape)}, the model's is "
+                        f"{tuple(self._shapes[name])}; the recipe's model is not the one of this run"
+                    )
+                self._set(parameter, key, value.to(self.workers.device))
+        if self.config.zero_stage == 3:
+            optimizer = self._deepspeed.optimizer
+            for group in range(len(self._flat())):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)  # fp32 parts → those that forward gathers
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self.config.zero_stage == 3:
+            # safe_set_full_* cannot where the last worker's part is padded (0.19.8).
+            part, _ = self._deepspeed.optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=None if key == PARAMETER else key
+            )
+            start = part.numel() * self.workers.rank
+            mine = value.flatten()[start : start + part.numel()]
+            part.data[: len(mine)].copy_(mine)
+        elif key == PARAMETER:
             if self._sharded:
                 fragments.safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)  # the copy that the forward reads
-            for key in states:
-                value = read(name, key).to(self.workers.device)
-                if self._sharded:
-                    fragments.safe_set_full_optimizer_state(parameter, value, key)
-                else:
-                    inner.state[parameter][key].copy_(value)
+        elif self._sharded:
+            fragments.safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            self._inner().state[parameter][key].copy_(value)

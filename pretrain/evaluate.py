@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from pydantic import Field
-from torch import nn
-from torch.nn import functional
 
 from cluster import config, logs, storage
 from cluster.errors import ConfigError
+from pretrain.engine import Plain, Scorer
 from pretrain.run import load_trained
-from pretrain.streams import IGNORED, Streams
+from pretrain.streams import IGNORED, StreamConfig, Streams
 from sharding.shards import Corpus, Split
 
 
@@ -31,50 +31,72 @@ class Evaluation:
     bits_per_byte: float
     accuracy: float  # share of tokens that were the most likely one
     tokens: int
+    loss_of_category: dict[str, float]  # nats a token by category of note
 
 
 def evaluate(
-    model: nn.Module,
+    scorer: Scorer,
     split: Split,
-    lanes: int,
-    bptt: int,
+    data: StreamConfig,
     mine: range | None = None,
     total: Callable[..., list[float]] | None = None,
     advance: logs.Advance | None = None,
-) -> Evaluation:
-    """Scores of `model` on every token of `split`, read in corpus order in `lanes` lanes.
+    interrupted: Callable[[], bool] | None = None,
+) -> Evaluation | None:
+    """Scores of a model on every token of `split`, read in corpus order in the lanes and segments of `data`.
 
     With several workers each gives its lanes as `mine` and a sum over workers as `total`; the carry is this
-    evaluation's own, so training is not touched.
+    evaluation's own, so training is not touched. None where `interrupted` (a collective, asked now and then) says so.
     """
-    streams = Streams(split, lanes, bptt, seed=0, shuffle=False)
-    mine = range(lanes) if mine is None else mine
-    device = next(model.parameters()).device
-    nll = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        carry = model.initial_carry(len(mine))  # type: ignore[operator]
-        for step in range(streams.steps_per_epoch):
-            batch = streams.batch(step, mine)
-            targets_N = batch.targets_BT.flatten().to(device)
-            hidden, carry = model(batch.tokens_BT.to(device), carry, None)
-            logits_NV = model.logits(hidden.output_BTE).float().flatten(0, 1)  # type: ignore[operator]
-            losses_N = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
-            nll += losses_N.double().sum()
-            hits += (logits_NV.argmax(1) == targets_N).sum()
-            if advance is not None:
-                advance(step + 1, "")
-    model.train(was_training)
-    nll_sum, hit_sum = total(nll, hits) if total is not None else (nll.item(), hits.item())
-    tokens = split.n_tokens - 1
+    streams = streams_of(split, data)
+    mine = range(data.lanes) if mine is None else mine
+    names = [str(name) for name in split.column("category")]
+    categories, code_of_note = np.unique(names, return_inverse=True)
+    nll_C = torch.zeros(len(categories), dtype=torch.float64)
+    hits_C, tokens_C = torch.zeros_like(nll_C), torch.zeros_like(nll_C)
+    carry = scorer.initial_carry(len(mine))
+    for step in range(streams.steps or 0):
+        batch = streams.batch(step, mine)
+        nll_N, hits_N, carry = scorer.score(batch, carry)
+        wanted_N = batch.targets_BT.flatten() != IGNORED
+        assert batch.notes_BT is not None
+        code_N = torch.from_numpy(code_of_note)[batch.notes_BT.flatten()[wanted_N]]
+        nll_C.index_add_(0, code_N, nll_N.double().cpu()[wanted_N])
+        hits_C.index_add_(0, code_N, hits_N.double().cpu()[wanted_N])
+        tokens_C.index_add_(0, code_N, torch.ones(len(code_N), dtype=torch.float64))
+        if advance is not None:
+            advance(step + 1, "")
+        if interrupted is not None and step % 16 == 15 and interrupted():
+            return None
+    sums = torch.cat([nll_C, hits_C, tokens_C])
+    if total is not None:
+        sums = torch.tensor(total(*sums), dtype=torch.float64)
+    nll_C, hits_C, tokens_C = sums.chunk(3)
+    nll, tokens = nll_C.sum().item(), int(tokens_C.sum())
     return Evaluation(
-        loss=nll_sum / tokens,
-        perplexity=math.exp(min(nll_sum / tokens, 700.0)),
-        bits_per_byte=nll_sum / math.log(2) / split.n_bytes,
-        accuracy=hit_sum / tokens,
+        loss=nll / tokens,
+        perplexity=math.exp(min(nll / tokens, 700.0)),
+        bits_per_byte=nll / math.log(2) / split.n_bytes,
+        accuracy=hits_C.sum().item() / tokens,
         tokens=tokens,
+        loss_of_category={
+            str(name): (nll_C[code] / tokens_C[code]).item() for code, name in enumerate(categories) if tokens_C[code]
+        },
+    )
+
+
+def streams_of(split: Split, data: StreamConfig) -> Streams:
+    """One pass over a split in corpus order, as a model trained by `data` reads."""
+    return Streams(
+        split,
+        data.lanes,
+        data.bptt,
+        0,
+        shuffle=False,
+        backward=data.backward,
+        carry_across=data.carry_across,
+        passes=1,
+        with_notes=True,
     )
 
 
@@ -90,16 +112,18 @@ def main(args: list[str]) -> None:
     """Verb `evaluate`: prints the scores of a run's newest checkpoint and keeps them in `RUN/evaluation-SPLIT.json`."""
     recipe = config.load(EvaluateRecipe, args, positional="run")
     trained = load_trained(recipe.run)
-    data = trained.recipe["data"]
-    corpus = Corpus.open(recipe.corpus or data["corpus"])
+    data = config.validate(StreamConfig, trained.recipe["data"], f"{recipe.run}/recipe.toml: data")
+    if recipe.corpus is None and len(data.urls) > 1:
+        raise ConfigError(f"{recipe.run}: was trained on several corpora; give corpus=, one of {', '.join(data.urls)}")
+    corpus = Corpus.open(recipe.corpus or data.urls[0])
     if corpus.tokenizer.sha256 != trained.tokenizer.sha256:
         raise ConfigError(
             f"{corpus.url}: was tokenized by another tokenizer than {recipe.run}; give the corpus of that run"
         )
     split = corpus.split(recipe.split)
-    steps = Streams(split, data["lanes"], data["bptt"], seed=0, shuffle=False).steps_per_epoch
-    with logs.progress(f"evaluate {recipe.split}", steps) as advance:
-        scores = evaluate(trained.model, split, data["lanes"], data["bptt"], advance=advance)
+    with logs.progress(f"evaluate {recipe.split}", streams_of(split, data).steps or 0) as advance:
+        scores = evaluate(Plain(trained.model), split, data, advance=advance)
+    assert scores is not None
     storage.write_json(
         storage.join(recipe.run, f"evaluation-{recipe.split}.json"), {"step": trained.step, **asdict(scores)}
     )
@@ -108,5 +132,6 @@ def main(args: list[str]) -> None:
         ("bits per byte", f"{scores.bits_per_byte:.3f}"),
         ("next-token accuracy", f"{scores.accuracy:.1%}"),
         ("tokens", f"{scores.tokens:,}"),
+        *((f"perplexity: {name}", f"{math.exp(loss):.2f}") for name, loss in scores.loss_of_category.items()),
     ]
     logs.table(f"{recipe.run}, step {trained.step:,}, {recipe.split} patients", ("", "value"), rows)

@@ -11,43 +11,65 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cluster import config, storage
 from cluster.errors import ConfigError
 from pretrain import checkpoint
+from pretrain.engine import Plain
 from pretrain.models import MODELS
+from pretrain.streams import StreamConfig
 from sharding.clean import CleanConfig, clean
 from sharding.shards import Corpus
 from sharding.splits import SplitConfig
 from sharding.tokenizer import Tokenizer
 
 # Keys that do not change what is learned; they may differ when a run goes on.
-FREE_KEYS = ("run_dir", "tracking", "cluster", "engine", "log_every", "eval_every", "save_every", "keep")
+FREE_KEYS = (
+    *("run_dir", "tracking", "cluster", "engine"),
+    *("log_every", "eval_every", "save_every", "keep", "keep_best", "keep_every"),
+)
 
 
-def identity_of(recipe: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """What a run and its checkpoints belong to: the recipe as far as it decides what is learned, and the corpus."""
+def open_corpora(data: StreamConfig) -> list[Corpus]:
+    """The corpora a recipe names. Raises ConfigError where they are of different tokenizers."""
+    corpora = [Corpus.open(url) for url in data.urls]
+    for corpus in corpora[1:]:
+        if corpus.tokenizer.sha256 != corpora[0].tokenizer.sha256:
+            raise ConfigError(
+                f"{corpus.url}: was tokenized by another tokenizer than {corpora[0].url}; shard one of them again with "
+                "the tokenizer of the other"
+            )
+    return corpora
+
+
+def identity_of(recipe: dict[str, Any], corpora: Sequence[Corpus]) -> dict[str, Any]:
+    """What a run and its checkpoints belong to: the recipe as far as it decides what is learned, and the corpora."""
     fixed = {key: value for key, value in recipe.items() if key not in FREE_KEYS}
     fixed["precision"] = recipe["engine"]["precision"]
-    fixed["data"] = {key: value for key, value in fixed["data"].items() if key != "corpus"}
+    corpus = recipe["data"]["corpus"]
+    shares = list(corpus.values()) if isinstance(corpus, dict) else [1.0]
+    fixed["data"] = {key: value for key, value in fixed["data"].items() if key != "corpus"} | {"shares": shares}
     return {
         "recipe": fixed,
-        "corpus": corpus.fingerprint,
-        "tokenizer": corpus.tokenizer.sha256,
+        "corpus": config.fingerprint([corpus.fingerprint for corpus in corpora]),
+        "tokenizer": corpora[0].tokenizer.sha256,
     }
 
 
-def enter(run: str, recipe: config.Section, corpus: Corpus) -> dict[str, Any]:
+def enter(run: str, recipe: config.Section, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """Content of `run.json`: of the run that is there, or of a new one that is begun. Only one worker calls it.
 
     Raises ConfigError where the directory belongs to another recipe or corpus.
     """
-    identity = identity_of(config.dump(recipe), corpus)
+    dumped = config.dump(recipe)
+    identity = identity_of(dumped, corpora)
     place = storage.join(run, "run.json")
     if storage.exists(place):
         known: dict[str, Any] = storage.read_json(place)
@@ -59,16 +81,54 @@ def enter(run: str, recipe: config.Section, corpus: Corpus) -> dict[str, Any]:
         return known
     if storage.exists(storage.join(run, checkpoint.FOLDER)):
         raise ConfigError(f"{run}: holds checkpoints but no run.json; choose another run_dir=")
+    corpus = corpora[-1]
     # What is needed to use the model where the corpus is not at hand.
     text = {"clean": corpus.manifest["recipe"]["clean"], "splits": corpus.manifest["recipe"]["splits"]}
     tokenizer = {"bos": corpus.tokenizer.bos, "eos": corpus.tokenizer.eos}
-    begun = {"wandb_id": uuid.uuid4().hex[:12], "identity": identity, "text": text, "tokenizer": tokenizer}
+    begun = {
+        "wandb_id": uuid.uuid4().hex[:12],
+        "identity": identity,
+        "text": text,
+        "tokenizer": tokenizer,
+        "init_from": _source(dumped["init_from"]) if dumped.get("init_from") else None,
+    }
     storage.write_bytes(
         storage.join(run, "tokenizer.model"), storage.read_bytes(storage.join(corpus.url, "tokenizer.model"))
     )
     storage.write_bytes(storage.join(run, "recipe.toml"), config.to_toml(recipe))
     storage.write_json(place, begun)
     return begun
+
+
+def _source(run: str) -> dict[str, str]:
+    """The checkpoint that a new run begins with; named once, so that a restart before the first save takes the same."""
+    folder = checkpoint.newest(run)
+    if folder is None:
+        raise ConfigError(f"init_from={run}: has no checkpoint; give the directory of a run that has been trained")
+    return {"run": run, "folder": folder}
+
+
+def init_weights(model: nn.Module, source: dict[str, str], tokenizer: Tokenizer, cache: Path) -> None:
+    """Sets the parameters of a new model from a checkpoint of another run.
+
+    Where the vocabularies differ, the rows of the tokens that both have are taken over, and the others get the mean
+    row (Howard & Ruder 2018, arXiv:1801.06146 §3.2; fastai). Raises ConfigError where the models do not fit.
+    """
+    about = storage.read_json(storage.join(source["run"], "run.json"))
+    theirs = Tokenizer(storage.read_bytes(storage.join(source["run"], "tokenizer.model")), **about["tokenizer"])
+    place_of = {piece: place for place, piece in enumerate(theirs.pieces())}
+    rows = torch.tensor([place_of.get(piece, -1) for piece in tokenizer.pieces()])
+    stored = checkpoint.Reader(source["folder"], cache)
+    for name, parameter in model.named_parameters():
+        value = stored.tensor(name)
+        if name in model.BY_TOKEN:  # type: ignore[operator]
+            value = torch.where((rows >= 0).view(-1, *[1] * (value.dim() - 1)), value[rows.clamp(min=0)], value.mean(0))
+        if value.shape != parameter.shape:
+            raise ConfigError(
+                f"init_from={source['run']}: {name} has shape {tuple(value.shape)}, here it is "
+                f"{tuple(parameter.shape)}; give [model] the sizes of that run"
+            )
+        parameter.data.copy_(value)
 
 
 def held(run: str, patience_seconds: float = 60.0) -> contextlib.AbstractContextManager[None]:
@@ -112,7 +172,9 @@ def load_trained(run: str) -> Trained:
     model = kind(config.validate(kind.Config, recipe["model"], f"{run}/recipe.toml: model"), tokenizer.vocab_size)
     with tempfile.TemporaryDirectory(prefix="chartlm-") as cache:
         stored = checkpoint.Reader(folder, Path(cache))
-        stored.load_model(model)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(stored.tensor(name))
+        stored.confirm(Plain(model), tokenizer.vocab_size, "fp32")
     return Trained(
         run=run,
         step=stored.state.step,

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster import config, storage
 from cluster.errors import DataError, StorageError
@@ -223,6 +224,27 @@ class Split:
         self.n_notes = int(sum(counts))
         self.n_tokens = int(self.length_of_note.sum())
         self.n_bytes = sum(int(batch.column("n_bytes").to_numpy().sum()) for batch in self._batches)
+
+    @functools.cached_property
+    def patient_of_note(self) -> np.ndarray:
+        """A number for the patient of every note, int64, from 0; a note without a patient is one of its own."""
+        codes = self._strings("patient_id").dictionary_encode().indices
+        known = np.asarray(codes.fill_null(-1)).astype(np.int64)
+        alone = known < 0
+        known[alone] = known.max(initial=-1) + 1 + np.arange(alone.sum())
+        return known
+
+    @functools.cached_property
+    def time_order(self) -> np.ndarray:
+        """Place of every note among all by time, int64; those without a time first, equal ones in manifest order."""
+        sorted_notes = pc.array_sort_indices(self._strings("time"), null_placement="at_start")
+        rank = np.empty(self.n_notes, np.int64)
+        rank[np.asarray(sorted_notes)] = np.arange(self.n_notes)
+        return rank
+
+    def _strings(self, name: str) -> pa.Array:
+        columns = [batch.column(name).cast(pa.large_string()) for batch in self._batches]
+        return pa.concat_arrays(columns)
 
     def column(self, name: str) -> list[Any]:
         """One value per note of doc_id, patient_id, encounter_id, category, time or n_bytes."""

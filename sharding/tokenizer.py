@@ -162,6 +162,10 @@ class Tokenizer:
         self._words: dict[str, bytes] = {}
         self._forget()
 
+    def pieces(self) -> list[str]:
+        """The text of every token, by id."""
+        return [self._pieces.id_to_piece(token) for token in range(self.vocab_size)]
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each cleaned text, with BOS and EOS as configured."""
         return [self._marked(self._body(text), self.eos) for text in texts]

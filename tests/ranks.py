@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parent
 RUNNER = "import os, pickle, sys; f, a = pickle.load(sys.stdin.buffer); f(*a); sys.stdout.flush(); os._exit(0)"
 
 
-def run_on_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
+def run_on_ranks(world: int, function: Callable[..., None], *args: Any, timeout_seconds: float = 180) -> None:
     """Calls `function(*args)` on every rank; fails with what a failing rank printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,7 +39,7 @@ def run_on_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
         process.stdin = None
         processes.append(process)
     try:
-        said = [process.communicate(timeout=180)[0].decode() for process in processes]
+        said = [process.communicate(timeout=timeout_seconds)[0].decode() for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cluster.config import Section
+from pretrain.models.carry import Carry, Pieces, forgotten
 from pretrain.models.dropout import Masks
-
-Carry = dict[str, Tensor]
 
 
 class AwdLstmConfig(Section):
@@ -64,11 +63,20 @@ class LstmLayer(nn.Module):
         self.bias_hh = nn.Parameter(torch.zeros(4 * width))
 
     def forward(
-        self, input_BTD: Tensor, h_BH: Tensor, c_BH: Tensor, weight_mask: Tensor | None
+        self, input_BTD: Tensor, h_BH: Tensor, c_BH: Tensor, weight_mask: Tensor | None, pieces: Pieces | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(output [B, T, H], h [B, H], c [B, H]); `weight_mask` [4H, H] scales the recurrent weights (§2)."""
+        """(output [B, T, H], h [B, H], c [B, H]); `weight_mask` [4H, H] scales the recurrent weights (§2); between
+        `pieces` the state begins anew.
+        """
         weight_hh = self.weight_hh if weight_mask is None else self.weight_hh * weight_mask.to(self.weight_hh.dtype)
         weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
+        if pieces is not None:
+            lanes, length, _ = input_BTD.shape
+            keeps = pieces.keeps_P1.to(h_BH.dtype)
+            state = ((h_BH[pieces.lane_P] * keeps).unsqueeze(0), (c_BH[pieces.lane_P] * keeps).unsqueeze(0))
+            packed = input_BTD.flatten(0, 1)[pieces.into_N]
+            output, h, c = torch.lstm(packed, pieces.batch_sizes, state, weights, True, 1, 0.0, self.training, False)
+            return output[pieces.back_N].view(lanes, length, -1), h[0][pieces.last_B], c[0][pieces.last_B]
         state = (h_BH.unsqueeze(0), c_BH.unsqueeze(0))
         # biases, one layer, no dropout inside, training mode, one direction, batch first
         output_BTH, h, c = torch.lstm(input_BTD, state, weights, True, 1, 0.0, self.training, False, True)
@@ -79,6 +87,7 @@ class AwdLstm(nn.Module):
     """The language model. Carry: `h0`, `c0`, `h1`, … each [lanes, width of the layer]."""
 
     Config = AwdLstmConfig
+    BY_TOKEN = ("embedding.weight", "bias")
 
     def __init__(self, config: AwdLstmConfig, vocab_size: int):
         super().__init__()
@@ -101,9 +110,17 @@ class AwdLstm(nn.Module):
                 zeros[f"{part}{index}"] = self.bias.new_zeros(lanes, layer.width)
         return zeros
 
-    def forward(self, tokens_BT: Tensor, carry: Carry, masks: Masks | None) -> tuple[Hidden, Carry]:
-        """Hidden states of every position and the carry after the last one (detached: truncated backpropagation)."""
+    def forward(
+        self, tokens_BT: Tensor, carry: Carry, masks: Masks | None, starts_BT: Tensor | None = None
+    ) -> tuple[Hidden, Carry]:
+        """Hidden states of every position and the carry after the last one (detached: truncated backpropagation).
+
+        Where `starts_BT` is True, what was read before is forgotten: the state is zeros there.
+        """
         config = self.config
+        pieces = None
+        if starts_BT is not None:
+            carry, pieces = forgotten(carry, starts_BT), Pieces.of(starts_BT)
         x_BTD = functional.embedding(tokens_BT, self.embedding.weight)
         if masks is not None:
             rows_V1 = masks.shared("embedding", config.drop_embedding, (self.vocab_size, 1))
@@ -117,7 +134,7 @@ class AwdLstm(nn.Module):
                 weight_mask = masks.shared(f"weight{index}", config.drop_weight, (4 * layer.width, layer.width))
                 if index > 0:
                     x_BTD = _dropped(x_BTD, masks.per_lane(f"hidden{index}", config.drop_hidden, x_BTD.shape[-1]))
-            x_BTD, h, c = layer(x_BTD, carry[f"h{index}"], carry[f"c{index}"], weight_mask)
+            x_BTD, h, c = layer(x_BTD, carry[f"h{index}"], carry[f"c{index}"], weight_mask, pieces)
             after[f"h{index}"], after[f"c{index}"] = h.detach(), c.detach()
         raw_BTE = x_BTD
         if masks is not None:

@@ -24,14 +24,23 @@ class Masks:
 
     def __init__(self, seed: int, step: int, lanes: Sequence[int], device: torch.device, scale: float = 1.0):
         self.seed, self.step, self.lanes, self.device, self.scale = seed, step, lanes, device, scale
+        self._made: dict[str, Tensor] = {}  # shared masks, for groups of lanes to have in common
+
+    def rows(self, rows: slice) -> Masks:
+        """The masks of some rows of the batch; what is shared is made once for all of them."""
+        part = Masks(self.seed, self.step, self.lanes[rows], self.device, self.scale)
+        part._made = self._made
+        return part
 
     def shared(self, name: str, p: float, shape: tuple[int, ...]) -> Tensor | None:
         """Scaled mask [*shape], the same on every worker (weights, embedding rows); None where nothing drops."""
         threshold = self._threshold(p)
         if threshold == 0:
             return None
-        kept = self._bytes(name, int(np.prod(shape))) >= threshold
-        return self._scaled(kept.reshape(shape), threshold)
+        if name not in self._made:
+            kept = self._bytes(name, int(np.prod(shape))) >= threshold
+            self._made[name] = self._scaled(kept.reshape(shape), threshold)
+        return self._made[name]
 
     def per_lane(self, name: str, p: float, width: int) -> Tensor | None:
         """Scaled mask [lanes, 1, width], constant over time (locked dropout, Merity et al. 2017 §4.2)."""

@@ -45,10 +45,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_corpus(tmp_path_factory.mktemp("corpus"), train_notes=120)
 
 
-def start(run: Path, corpus: str) -> subprocess.Popen[bytes]:
+def start(run: Path, corpus: str, workers: int = 2) -> subprocess.Popen[bytes]:
     recipe = run.parent / f"{run.name}.toml"
     recipe.write_text(RECIPE.format(run=run, corpus=corpus, steps=STEPS))
-    command = [sys.executable, "-m", "cluster.cli", "pretrain", str(recipe)]
+    command = [sys.executable, "-m", "cluster.cli", "pretrain", str(recipe), f"cluster.workers={workers}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -131,6 +131,31 @@ def test_kill_of_the_whole_job(tmp_path: Path, corpus: str, unbroken: Path) -> N
     assert "from step" in said
     assert_one_curve(run, unbroken)
     assert "nothing left to do" in finish(start(run, corpus))
+
+
+@pytest.mark.parametrize("workers", [2, 0])
+def test_sigterm_saves_and_asks_to_be_started_again(tmp_path: Path, corpus: str, unbroken: Path, workers: int) -> None:
+    """As a scheduler does before it takes the machine: all is saved at the step reached, nothing is done twice."""
+    run = tmp_path / "run"
+    process = start(run, corpus, workers)
+    wait_for_step(run, random_step(), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=30)[0].decode()
+    assert process.returncode == 75, said
+    assert "told to stop" in said
+    assert "Traceback" not in said
+    reached = losses(run)[-1][0]
+    assert (run / f"checkpoints/step-{reached:08d}/manifest.json").exists()
+    finish(start(run, corpus, workers))
+    (event,) = [line for line in tracking.read(str(run)) if line.get("event") == "resumed"]
+    assert event["step"] == event["interrupted_at"] == reached
+    if workers == 2:
+        assert losses(run) == losses(unbroken)
+        assert final_tensors(run) == final_tensors(unbroken)
+    else:
+        for (step, loss), (same_step, other) in zip(losses(run), losses(unbroken), strict=True):
+            assert step == same_step
+            assert loss == pytest.approx(other, rel=1e-5)
 
 
 def test_torchrun_without_ray_gives_the_same_bits(tmp_path: Path, corpus: str, unbroken: Path) -> None:

@@ -1,12 +1,22 @@
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from corpora import tiny_corpus
 
-from pretrain.evaluate import evaluate
+from pretrain.engine import Plain
+from pretrain.evaluate import Evaluation, evaluate
 from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
-from sharding.shards import Corpus
+from pretrain.streams import StreamConfig
+from sharding.shards import Corpus, Split
+
+
+def scores_of(model: AwdLstm, split: Split, lanes: int, *more: Any) -> Evaluation:
+    scores = evaluate(Plain(model), split, StreamConfig(corpus="", lanes=lanes, bptt=13), *more)
+    assert scores is not None
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def test_scores_are_those_of_one_pass_over_the_whole_split(corpus: Corpus, model
     nll = torch.nn.functional.cross_entropy(logits, stream[0, 1:], reduction="sum").item()
     original = model.initial_carry
     model.initial_carry = lambda lanes: {k: v.double() for k, v in original(lanes).items()}  # type: ignore[method-assign]
-    scores = evaluate(model, split, lanes=1, bptt=13)
+    scores = scores_of(model, split, 1)
     model.initial_carry = original  # type: ignore[method-assign]
     assert scores.tokens == split.n_tokens - 1
     assert scores.loss == pytest.approx(nll / scores.tokens, rel=1e-6)
@@ -42,21 +52,37 @@ def test_scores_are_those_of_one_pass_over_the_whole_split(corpus: Corpus, model
 def test_the_number_of_workers_does_not_change_the_scores(corpus: Corpus, model: AwdLstm) -> None:
     model = AwdLstm(model.config, model.vocab_size)
     split = corpus.split("valid")
-    whole = evaluate(model, split, lanes=4, bptt=13)
-    sums = [0.0, 0.0]
+    whole = scores_of(model, split, 4)
+    sums: list[float] = []
 
-    def total(nll: torch.Tensor, hits: torch.Tensor) -> list[float]:
-        sums[0] += nll.item()
-        sums[1] += hits.item()
+    def total(*parts: torch.Tensor) -> list[float]:
+        sums[:] = [a + b.item() for a, b in zip(sums or [0.0] * len(parts), parts, strict=True)]
         return sums
 
     for rank in range(2):
-        apart = evaluate(model, split, 4, 13, range(rank * 2, rank * 2 + 2), total)
+        apart = scores_of(model, split, 4, range(rank * 2, rank * 2 + 2), total)
     assert apart.loss == pytest.approx(whole.loss, rel=1e-6)
     assert apart.accuracy == whole.accuracy
 
 
+def test_categories_add_up_to_the_whole(corpus: Corpus, model: AwdLstm) -> None:
+    """The loss of a category is that of the targets in its notes, counted by hand."""
+    model = AwdLstm(model.config, model.vocab_size)
+    split = corpus.split("valid")
+    kinds = ["Nursing" if note % 3 else "Radiology" for note in range(split.n_notes)]
+    split.column = lambda name: kinds  # type: ignore[method-assign,assignment]
+    whole = scores_of(model, split, 1)
+    stream = torch.cat([torch.tensor(split.tokens(note).astype("int64")) for note in range(split.n_notes)])[None]
+    with torch.no_grad():
+        logits = model.eval().logits(model(stream[:, :-1], model.initial_carry(1), None)[0].output_BTE)[0]
+    nll = torch.nn.functional.cross_entropy(logits, stream[0, 1:], reduction="none")
+    radiology = torch.from_numpy(np.repeat(np.array(kinds) == "Radiology", split.length_of_note))[1:]
+    assert whole.loss_of_category.keys() == {"Nursing", "Radiology"}
+    assert whole.loss_of_category["Radiology"] == pytest.approx(nll[radiology].mean().item(), rel=1e-5)
+    assert whole.loss_of_category["Nursing"] == pytest.approx(nll[~radiology].mean().item(), rel=1e-5)
+
+
 def test_evaluation_leaves_the_model_in_training_mode(corpus: Corpus, model: AwdLstm) -> None:
     model = AwdLstm(model.config, model.vocab_size).train()
-    evaluate(model, corpus.split("valid"), 2, 13)
+    scores_of(model, corpus.split("valid"), 2)
     assert model.training

@@ -59,6 +59,29 @@ class TestContract:
         apart = model(text[2:], model.initial_carry(2), Masks(1, 3, range(2, 4), cpu))[0].output_BTE
         torch.testing.assert_close(together[2:], apart, rtol=1e-5, atol=1e-6)
 
+    def test_a_start_forgets_all_that_was_read_before(self, name: str) -> None:
+        """Output and carry after starts are those of texts that begin there, with the same masks; gradients too."""
+        model, cpu = build(name).double(), torch.device("cpu")
+        text = tokens(3, 12)
+        starts = torch.zeros(3, 12, dtype=torch.bool)
+        starts[0, 5] = starts[0, 6] = starts[1, 0] = starts[2, 11] = True
+        _, carry = model(tokens(3, 12, 1), {k: v.double() for k, v in model.initial_carry(3).items()}, None)
+        masks = Masks(1, 3, range(3), cpu)
+        hidden, after = model(text, carry, masks, starts)
+        for lane, first, last in [(0, 0, 5), (0, 5, 6), (0, 6, 12), (1, 0, 12), (2, 0, 11), (2, 11, 12)]:
+            fresh = bool(starts[lane, first])
+            before = {k: v[lane : lane + 1] * (0.0 if fresh else 1.0) for k, v in carry.items()}
+            rows = slice(lane, lane + 1)
+            alone, left = model(text[rows, first:last], before, masks.rows(rows))
+            torch.testing.assert_close(hidden.output_BTE[rows, first:last], alone.output_BTE, rtol=1e-10, atol=1e-12)
+            if last == 12:
+                for key in after:
+                    torch.testing.assert_close(after[key][rows], left[key], rtol=1e-10, atol=1e-12)
+        whole = torch.autograd.grad(hidden.output_BTE.square().sum(), list(model.parameters()), allow_unused=True)
+        assert all(gradient is None or gradient.isfinite().all() for gradient in whole)
+        unmarked = model(text, carry, masks, torch.zeros_like(starts))[0].output_BTE
+        torch.testing.assert_close(unmarked, model(text, carry, masks)[0].output_BTE)
+
     def test_overfits_one_batch(self, name: str) -> None:
         model = build(name)
         text = tokens(2, 12)
