@@ -39,6 +39,7 @@ VERBS = {
     "pretrain": Verb("pretrain RECIPE", "train a language model on shards; again = resume", "pretrain.train"),
     "evaluate": Verb("evaluate RUN [split=test]", "perplexity, bits per byte, accuracy", "pretrain.evaluate"),
     "generate": Verb('generate RUN prompt="blood loss"', "text from a trained model", "pretrain.generate"),
+    "plot": Verb("plot RUN [RUN…]", "the curves of one or several runs as a picture", "pretrain.plot"),
     "finetune": Verb("finetune RECIPE [run=RUN]", "train and evaluate a clinical predictor", "downstream.finetune"),
     "submit": Verb("submit VERB RECIPE cluster=URL", "run a verb as a job of a Ray cluster", "cluster.jobs", "submit"),
     "status": Verb("status [JOB] cluster=URL", "the jobs of a cluster and where they stand", "cluster.jobs", "status"),

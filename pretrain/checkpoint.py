@@ -1,6 +1,6 @@
 """Checkpoints: directories `checkpoints/step-00001200/` that know nothing of workers or ZeRO stages.
 
-    tensors-00000.safetensors …  parameters and optimizer states by name, carry by global lane; one file a writer
+    tensors-00000.safetensors …  what each worker holds of parameters and optimizer states; carry by lane
     state.json                   step, counters, a forward check, what the tensors belong to
     manifest.json                sizes and sha256 of the files above; written last
 
@@ -14,6 +14,9 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -174,18 +177,18 @@ class Saver:
         with self._stalling():
             engine, workers = self.engine, self.engine.workers
             mine: dict[str, Tensor] = {}
-            for index, (parameter, key, tensor) in enumerate(engine.tensors()):
-                if index % workers.world == workers.rank:
-                    name = f"{parameter}/{key}"
-                    mine[name] = self._copy(name, tensor)
-            for part, value in (state.carry or {}).items():
-                name = f"carry/{part}/{self.lanes.start:08d}"
+            for parameter, key, start, part in engine.parts():
+                name = f"{parameter}/{key}@{start:012d}"
+                mine[name] = self._copy(name, part)
+            for layer, value in (state.carry or {}).items():
+                name = f"carry/{layer}/{self.lanes.start:08d}"
                 mine[name] = self._copy(name, value.detach())
             if workers.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
             self._head = {
                 "counters": replace(state, optimizer_step=engine.optimizer_step()).counters(),
                 "states": engine.state_names(),
+                "shapes": engine.shapes(),
                 "check": {
                     "nll": forward_check(engine, engine.vocab_size),
                     "precision": engine.config.precision,
@@ -205,6 +208,8 @@ class Saver:
 
     @staticmethod
     def _write(folder: str, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        # This thread gives way to those that compute (Linux: nice is a thread's own).
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         with storage.atomic_writer(storage.join(folder, name)) as stream:
             size, digest = _write_tensors(stream, tensors)
         return {"name": name, "size": size, "sha256": digest}
@@ -345,6 +350,7 @@ class Reader:
         self.states: list[str] = stored["states"]
         self.check: dict[str, Any] = stored["check"]
         self.state = TrainState.of(stored["counters"])
+        self._shapes: dict[str, list[int]] = stored["shapes"]
         self._where: dict[str, Any] = {}
         for entry in manifest["files"]:
             if entry["name"].endswith(".safetensors"):
@@ -354,12 +360,17 @@ class Reader:
                 opened = safetensors.safe_open(path, framework="pt")
                 self._where.update(dict.fromkeys(opened.keys(), opened))
 
+        self._parts: dict[str, list[str]] = {}
+        for name in sorted(self._where):
+            self._parts.setdefault(name.partition("@")[0], []).append(name)
+
     def tensor(self, parameter: str, key: str = PARAMETER) -> Tensor:
-        """A parameter or an optimizer state of it, whole, fp32."""
-        name = f"{parameter}/{key}"
-        if name not in self._where:
-            raise TrainingError(f"{self.folder}: holds no {name}; the recipe's model is not the one of this run")
-        return self._where[name].get_tensor(name)  # type: ignore[no-any-return]
+        """A parameter or an optimizer state of it, whole, fp32, put together from what the workers held."""
+        name, shape = f"{parameter}/{key}", self._shapes.get(parameter, [])
+        parts = [self._where[part].get_tensor(part) for part in self._parts.get(name, [])]
+        if not parts or sum(part.numel() for part in parts) != math.prod(shape):
+            raise TrainingError(f"{self.folder}: holds no whole {name}; the recipe's model is not the one of this run")
+        return torch.cat(parts).view(shape)
 
     def carry(self, lanes: range) -> Carry | None:
         """The carry of some global lanes, whatever workers wrote it; None where there was none yet."""

@@ -316,26 +316,46 @@ class Engine:
         """How many updates the optimizer has made (Adam's bias correction depends on it)."""
         return int(self._inner().state.get(self._flat()[0], {}).get("step", 0))
 
-    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter, state, whole tensor in fp32) of every parameter and optimizer state, in one order on every
-        worker, without a copy where there is one. A collective: every worker must go through all of it.
+    def parts(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """(parameter, state, where it starts, flat fp32 tensor) of what this worker holds of every parameter and
+        optimizer state. Over all workers each number is there once; nothing is copied or sent.
         """
         states = self.state_names()
         if states:
             self._link_states()
-        for name, parameter in self.model.named_parameters():
-            if not self._sharded:
-                yield name, PARAMETER, parameter.detach()
-            else:
-                yield name, PARAMETER, fragments.safe_get_full_fp32_param(parameter).detach()
-            for key in states:
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            for key in (PARAMETER, *states):
+                hold: Tensor
                 if not self._sharded:
-                    yield name, key, self._inner().state[parameter][key].detach()
+                    if index % self.workers.world != self.workers.rank:
+                        continue  # all hold it, one gives it
+                    start, hold = 0, parameter if key == PARAMETER else self._inner().state[parameter][key]
+                elif self.config.zero_stage == 3:
+                    hold = self._part(parameter, key)
+                    start = hold.numel() * self.workers.rank
+                    hold = hold[: max(self._shapes[name].numel() - start, 0)]  # the last is padded
                 else:
-                    yield name, key, fragments.safe_get_full_optimizer_state(parameter, key).detach()
+                    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                    if mapping is None:
+                        continue  # another's
+                    start = mapping.lp_fragment_address.start
+                    hold = mapping.get_hp_fragment(None if key == PARAMETER else key)
+                if hold.numel():
+                    yield name, key, start, hold.detach().flatten()
+
+    def _part(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """This worker's part of a parameter or optimizer state at ZeRO-3, a view."""
+        part, _ = self._deepspeed.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=None if key == PARAMETER else key
+        )
+        return cast(Tensor, part)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every parameter."""
+        return {name: list(shape) for name, shape in self._shapes.items()}
 
     def restore(self, states: list[str], step: int, read: Callable[[str, str], Tensor]) -> None:
-        """Sets every parameter and optimizer state from `read(parameter, state)`, as `tensors` gave them."""
+        """Sets every parameter and optimizer state from `read(parameter, state)`, both whole."""
         inner = self._inner()
         for flat in self._flat():
             # The inner optimizer makes its states at its first step; here they must exist before it.
@@ -364,9 +384,7 @@ class Engine:
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self.config.zero_stage == 3:
             # safe_set_full_* cannot where the last worker's part is padded (0.19.8).
-            part, _ = self._deepspeed.optimizer._get_fp32_opt_state_partition(
-                parameter, release_swap_buffers=False, optim_state_key=None if key == PARAMETER else key
-            )
+            part = self._part(parameter, key)
             start = part.numel() * self.workers.rank
             mine = value.flatten()[start : start + part.numel()]
             part.data[: len(mine)].copy_(mine)

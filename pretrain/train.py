@@ -359,7 +359,7 @@ def main(args: list[str]) -> None:
     if "RANK" in os.environ:  # torchrun, Slurm: somebody else started the workers
         train(recipe)
         if os.environ["RANK"] == "0":
-            plot.draw_losses(recipe.run_dir)
+            plot.draw_losses([recipe.run_dir])
         return
     # What can be wrong is found here, before workers start.
     corpora = run_directory.open_corpora(recipe.data)
@@ -384,7 +384,7 @@ def main(args: list[str]) -> None:
         )
         with _watched(recipe, steps):
             _start(recipe)
-    plot.draw_losses(recipe.run_dir)
+    plot.draw_losses([recipe.run_dir])
 
 
 def _start(recipe: TrainRecipe) -> None:

@@ -14,6 +14,9 @@ from sharding.clean import CLASS_TOKENS
 from sharding.schema import FORMAT_VERSION
 from sharding.tokenizer import Tokenizer, TokenizerConfig, train
 
+# Sizes for tests, by model: a line in MODELS needs one here, and is then in every proof.
+SMALL_MODELS = {"awd-lstm": {"embedding": 12, "hidden": 16, "layers": 2}}
+
 WORDS = (
     "patient denies chest pain shortness of breath fever admitted for heart failure exacerbation given lasix "
     "blood loss estimated cc stable discharged home with services follow up in clinic history diabetes copd"

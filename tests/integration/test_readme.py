@@ -42,6 +42,20 @@ def desk(tmp_path: Path) -> Path:
     return desk
 
 
+def test_the_recipes_of_own_notes_can_be_read(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every run of the tests, where the whole story (below) is too long; the demo runs all of these verbs."""
+    from cluster import config
+    from downstream.finetune import FinetuneRecipe
+    from pretrain.train import TrainRecipe
+    from sharding.job import ShardRecipe
+
+    monkeypatch.chdir(desk)
+    recipes = {"shard": ShardRecipe, "pretrain": TrainRecipe, "finetune": FinetuneRecipe}
+    read = [config.load(recipes[line[1]], line[2:]) for line in commands("Your own notes") if line[1] in recipes]
+    assert len(read) == 3
+
+
+@pytest.mark.slow
 def test_own_notes(desk: Path) -> None:
     """The mtsamples story, on the whole real file; only the model and its training are small."""
     lines = commands("Your own notes")

@@ -115,6 +115,7 @@ def test_kill_of_a_worker(tmp_path: Path, corpus: str, unbroken: Path) -> None:
     assert_one_curve(run, unbroken)
 
 
+@pytest.mark.slow  # in every run: without Ray, test_lineage; with it, the demo
 def test_kill_of_the_whole_job(tmp_path: Path, corpus: str, unbroken: Path) -> None:
     run = tmp_path / "run"
     process = start(run, corpus)
@@ -133,7 +134,7 @@ def test_kill_of_the_whole_job(tmp_path: Path, corpus: str, unbroken: Path) -> N
     assert "nothing left to do" in finish(start(run, corpus))
 
 
-@pytest.mark.parametrize("workers", [2, 0])
+@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 0])
 def test_sigterm_saves_and_asks_to_be_started_again(tmp_path: Path, corpus: str, unbroken: Path, workers: int) -> None:
     """As a scheduler does before it takes the machine: all is saved at the step reached, nothing is done twice."""
     run = tmp_path / "run"

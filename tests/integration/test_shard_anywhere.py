@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,11 +18,12 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
+from object_store import object_store
 
 from cluster import ray_runtime, storage
 from cluster.config import validate
 from sharding import synthetic
-from sharding.job import ShardRecipe, run
+from sharding.job import ShardRecipe, main, run
 from sharding.verify import verify
 
 # What Ray calls the processes that run our tasks.
@@ -88,7 +88,7 @@ def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return found
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_and_hash_seeds_change_no_byte(
     workers: int, source: Path, made: dict[str, str], tmp_path: Path
 ) -> None:
@@ -114,40 +114,15 @@ def test_memory_gives_the_same_bytes(packed: bool, source: Path, made: dict[str,
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
-    """A real S3 server on loopback with an empty bucket `notes`; what a process must know to reach it."""
-    boto3 = pytest.importorskip("boto3")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                assert time.monotonic() < deadline, "the S3 server did not start"
-                time.sleep(0.2)
-            boto3.client("s3").create_bucket(Bucket="notes")
-            yield environment
-        finally:
-            server.kill()
-            server.wait()
+    """A real S3 server with an empty bucket `notes`; what a process must know to reach it."""
+    with object_store("notes") as environment:
+        yield environment
 
 
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_s3_gives_the_same_bytes(packed: bool, source: Path, made: dict[str, str], s3: dict[str, str]) -> None:
+def test_s3_gives_the_same_bytes(
+    packed: bool, source: Path, made: dict[str, str], s3: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     kind = "gz" if packed else "plain"
     stored = f"s3://notes/{kind}/NOTEEVENTS.csv" + (".gz" if packed else "")
     storage.write_bytes(stored, gzip.compress(source.read_bytes()) if packed else source.read_bytes())
@@ -155,9 +130,8 @@ def test_s3_gives_the_same_bytes(packed: bool, source: Path, made: dict[str, str
     shard(stored, output, "workers=2")
     assert content(output) == made
     assert verify(output) == []
-    job = start(stored, output, "workers=2")
-    said, _ = job.communicate(timeout=300)
-    assert (job.returncode, "nothing left to do" in said) == (0, True), said
+    main([f"input={stored}", f"output={output}", *WORDS])
+    assert "nothing left to do" in capsys.readouterr().out
 
 
 def events(output: Path) -> int:

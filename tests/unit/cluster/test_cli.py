@@ -1,3 +1,4 @@
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,8 +20,15 @@ def test_every_verb_of_the_table_can_be_imported() -> None:
 
 def test_launch_alone_prints_every_verb() -> None:
     out = subprocess.run([ROOT / "launch.sh"], capture_output=True, text=True, check=True).stdout
-    for name in "demo test lint hospital shard pretrain evaluate generate finetune submit status logs stop".split():
+    for name in cli.VERBS:
         assert f"./launch.sh {name}" in out
+
+
+def test_launch_sets_up_for_every_verb() -> None:
+    (verbs,) = re.findall(
+        r"^  ([a-z |]+)\)\n    set_up\n    exec .* -m cluster\.cli", (ROOT / "launch.sh").read_text(), re.M
+    )
+    assert verbs.split(" | ") == [name for name, verb in cli.VERBS.items() if verb.module is not None]
 
 
 @pytest.mark.parametrize(
