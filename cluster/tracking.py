@@ -68,7 +68,7 @@ class Track:
         """Sends one line to W&B, where there is one."""
         if self._mirror is not None:
             kept = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
-            self._mirror.log(kept, step=numbers["step"])
+            self._mirror.log(kept | {"global_step": numbers["step"]}, step=numbers["step"])
 
     def _write(self) -> None:
         storage.write_bytes(self._url, "".join(line + "\n" for line in self._lines).encode())
@@ -118,7 +118,7 @@ def _wandb(run: str, config: TrackingConfig, run_id: str, recipe: dict[str, Any]
 
     # Where the run lives on an object store, W&B's own files stay on this machine.
     folder = storage.local_path(run) if storage.is_local(run) else tempfile.mkdtemp(prefix="chartlm-wandb-")
-    return wandb.init(
+    started = wandb.init(
         project=config.project,
         id=run_id,
         name=run.rstrip("/").rsplit("/", 1)[-1],
@@ -136,3 +136,5 @@ def _wandb(run: str, config: TrackingConfig, run_id: str, recipe: dict[str, Any]
             x_transaction_log_flush_interval=0.5,
         ),
     )
+    started.define_metric("*", step_metric="global_step")
+    return started

@@ -242,3 +242,43 @@ def test_a_spike_is_reported_and_skipped_by_recipe(tmp_path: Path, corpus: str, 
     assert len(lines(run, "skipped")) == (spikes == "skip")
     state = json.loads((tmp_path / "checkpoints/step-00000064/state.json").read_text())["counters"]
     assert state["optimizer_step"] == 64 - (spikes == "skip")
+
+
+def every_upload(folder: str, corpus: str) -> None:
+    """Every upload of the second save is refused once; runs live on a store that is no file system."""
+    import fsspec
+
+    from pretrain.engine import Workers
+
+    torch.set_num_threads(1)
+    Workers(60)  # the process group of all runs
+    whole = str(Path(folder, "whole"))
+    train.train(recipe(whole, corpus))
+    store = fsspec.filesystem("memory")
+    upload, refused = type(store).put_file, 0
+    for at in range(3):
+        run, seen = f"memory://run-{at}", []
+
+        def put_file(self: Any, local: str, remote: str, *args: Any, at: int = at, seen: list[str] = seen) -> None:
+            if "step-00000008" in remote:
+                seen.append(remote)
+                if len(seen) == at + 1:
+                    raise OSError("503 Slow Down")
+            upload(self, local, remote, *args)
+
+        type(store).put_file = put_file
+        try:
+            train.train(recipe(run, corpus))
+        except StorageError as exc:
+            refused += 1
+            assert "503 Slow Down" in str(exc)  # noqa: PT017
+            assert "the one before it is good" in str(exc)  # noqa: PT017
+        type(store).put_file = upload
+        assert checkpoint.newest_step(run) == 4
+        train.train(recipe(run, corpus))
+        assert losses(run) == losses(whole)
+    assert refused == 3  # tensors, state, manifest
+
+
+def test_an_upload_that_is_refused(tmp_path: Path, corpus: str) -> None:
+    run_on_ranks(1, every_upload, str(tmp_path), corpus)

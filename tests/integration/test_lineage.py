@@ -16,6 +16,7 @@ import torch
 from corpora import SMALL_MODELS, tiny_corpus
 from object_store import object_store
 from ranks import run_on_ranks
+from wandb_server import wandb_server
 
 from cluster import config, storage, tracking
 from pretrain import checkpoint, train
@@ -207,3 +208,20 @@ def test_an_object_store_gives_the_same_run(tmp_path: Path, corpus: str) -> None
         assert storage.read_bytes(storage.join(run, final)) == Path(whole, final).read_bytes()
         (resumed,) = [line for line in tracking.read(run) if line.get("event") == "resumed"]
         assert resumed["step"] in (7, 14)
+
+
+def test_online_wandb_shows_one_curve(tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed twice; the server has every step once, under one run id, with the loss of the metrics."""
+    run, changes = str(tmp_path / "run"), {"steps": 30, "tracking": {"wandb": "online"}, "save_every": 4}
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        for at in (11, 22):
+            with pytest.raises(AssertionError):
+                run_on_ranks(1, train_until_killed, run, corpus, changes, (0, "training", at))
+        run_on_ranks(1, train_until_killed, run, corpus, changes, None)
+        ((_, rows),) = server.history.items()
+    logged = [(row["_step"], row["loss"]) for row in rows if "loss" in row]
+    assert logged == list(losses(run).items())
+    assert all(row["global_step"] == row["_step"] for row in rows)
+    assert [step for step, _ in logged] == list(range(1, 31))
