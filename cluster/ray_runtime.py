@@ -22,8 +22,6 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
 import ray.exceptions
-import ray.train
-import ray.train.torch
 
 from cluster.errors import ChartlmError, ClusterError, StorageError, TrainingError
 
@@ -38,6 +36,9 @@ def start(workers: int = 0) -> None:
     if address:
         ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     else:
+        # At its end Ray Train asks a dashboard whether the run still lives, and without one waits 10 s for it: this
+        # address refuses at once.
+        os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
         cpus = max(os.cpu_count() or 1, workers)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 
@@ -135,6 +136,8 @@ def train_workers(
     again, `max_failures` times at most. Nothing is reported to Ray: a restarted worker finds its place in the run
     directory (and each report() would cost up to 2 s). Raises TrainingError when the failures are used up.
     """
+    import ray.train.torch  # takes torch along, which nobody else here needs
+
     scaling = ray.train.ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
@@ -170,6 +173,8 @@ def machine_goes() -> bool:
     """Whether the cluster has announced that it takes away a machine of this run. Every training worker must ask as
     often as the others: Ray makes it a barrier.
     """
+    import ray.train
+
     return ray.train.get_preemption_info() is not None
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -208,8 +209,8 @@ class Saver:
 
     @staticmethod
     def _write(folder: str, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        # This thread gives way to those that compute (Linux: nice is a thread's own).
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        if sys.platform == "linux":  # there nice is a thread's own: this one gives way to those that compute
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         with storage.atomic_writer(storage.join(folder, name)) as stream:
             size, digest = _write_tensors(stream, tensors)
         return {"name": name, "size": size, "sha256": digest}
@@ -264,34 +265,38 @@ class Saver:
         storage.write_bytes(storage.join(folder, STATE), text)
         files = [*files, {"name": STATE, "size": len(text), "sha256": hashlib.sha256(text).hexdigest()}]
         storage.write_json(storage.join(folder, MANIFEST), {"format": FORMAT, "files": files})
-        self._retire(step)
-
-    def _retire(self, newest: int) -> None:
-        """Removes what the retention does not keep, manifest first, so that a half removed one is no checkpoint."""
-        whole: list[int] = []
-        rest: list[int] = []
-        for step in steps_of(self.run):
-            stands = step <= newest and storage.exists(storage.join(folder_of(self.run, step), MANIFEST))
-            (whole if stands else rest).append(step)
-        kept = set(whole[-self.retention.keep :])
-        if self.retention.keep_every:
-            kept.update(step for step in whole if step % self.retention.keep_every == 0)
-        if self.retention.keep_best:
-            losses = {step: self._valid_loss(step) for step in whole}
-            best = sorted((loss, step) for step, loss in losses.items() if loss is not None)
-            kept.update(step for _, step in best[: self.retention.keep_best])
-        for step in rest + [step for step in whole if step not in kept]:
-            folder = folder_of(self.run, step)
-            storage.remove(storage.join(folder, MANIFEST))
-            storage.remove(folder)
-
-    def _valid_loss(self, step: int) -> float | None:
-        loss: float | None = storage.read_json(storage.join(folder_of(self.run, step), STATE))["counters"]["valid_loss"]
-        return loss
+        retire(self.run, step, self.retention)
 
     def close(self) -> None:
         """Ends the thread; what is in flight is not waited for."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def retire(run: str, newest: int, retention: Retention) -> None:
+    """Removes what the retention does not keep of the checkpoints up to step `newest`, which stands, and whatever lies
+    beyond it; manifest first, so that a half removed one is no checkpoint.
+    """
+    whole: list[int] = []
+    rest: list[int] = []
+    for step in steps_of(run):
+        stands = step <= newest and storage.exists(storage.join(folder_of(run, step), MANIFEST))
+        (whole if stands else rest).append(step)
+    kept = set(whole[-retention.keep :])
+    if retention.keep_every:
+        kept.update(step for step in whole if step % retention.keep_every == 0)
+    if retention.keep_best:
+        losses = {step: _valid_loss(run, step) for step in whole}
+        best = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+        kept.update(step for _, step in best[: retention.keep_best])
+    for step in rest + [step for step in whole if step not in kept]:
+        folder = folder_of(run, step)
+        storage.remove(storage.join(folder, MANIFEST))
+        storage.remove(folder)
+
+
+def _valid_loss(run: str, step: int) -> float | None:
+    loss: float | None = storage.read_json(storage.join(folder_of(run, step), STATE))["counters"]["valid_loss"]
+    return loss
 
 
 def newest(run: str, cache: Path | None = None) -> str | None:

@@ -62,11 +62,13 @@ class Training:
         self.state = TrainState()
         if folder is not None:
             self.state = checkpoint.resume(folder, self.engine, self.lanes, self.cache)
+        retention = Retention(recipe.keep, recipe.keep_best, recipe.keep_every)
+        if folder is not None and first:
+            checkpoint.retire(recipe.run_dir, self.state.step, retention)  # what a start cut short has left
         self.track: tracking.Track | None = None
         if self.state.step >= self.steps:
             return  # finished before; there is nothing to add to its metrics
         self._with_carry()
-        retention = Retention(recipe.keep, recipe.keep_best, recipe.keep_every)
         self.saver = Saver(recipe.run_dir, self.engine, self.lanes, about["identity"], retention)
         stack.callback(self.saver.close)
         self.batches = stack.enter_context(contextlib.closing(Prefetch(self.streams, self.lanes, workers.device)))

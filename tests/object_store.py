@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 
 
@@ -39,6 +40,8 @@ def object_store(bucket: str) -> Iterator[dict[str, str]]:
                     break
                 assert time.monotonic() < deadline, "the S3 server did not start"
                 time.sleep(0.2)
+            # fsspec keeps what it opened: of a server of the same process before, perhaps.
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
             boto3.client("s3").create_bucket(Bucket=bucket)
             yield environment
         finally:
