@@ -78,7 +78,7 @@ class Trained:
         _, done, failed = self.workers.total(nll, *flags)
         if saver is not None:
             saver.tick(done, failed)
-        self.engine.update(1e-4)
+        self.engine.update(optim.Knobs(1e-4))
         self.state = TrainState(step=self.state.step + 1, carry=carry)
         return time.monotonic() - begun
 

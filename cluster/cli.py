@@ -37,6 +37,7 @@ VERBS = {
     "verify": Verb("verify SHARDS", "find every damaged or foreign file of a corpus", "sharding.verify"),
     "stats": Verb("stats SHARDS", "what a corpus is made of, as tables and stats.png", "sharding.stats"),
     "pretrain": Verb("pretrain RECIPE", "train a language model on shards; again = resume", "pretrain.train"),
+    "find-lr": Verb("find-lr RECIPE", "suggest a learning rate, as a number and a picture", "pretrain.find_lr"),
     "evaluate": Verb("evaluate RUN [split=test]", "perplexity, bits per byte, accuracy", "pretrain.evaluate"),
     "generate": Verb('generate RUN prompt="blood loss"', "text from a trained model", "pretrain.generate"),
     "plot": Verb("plot RUN [RUN…]", "the curves of one or several runs as a picture", "pretrain.plot"),

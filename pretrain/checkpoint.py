@@ -35,6 +35,7 @@ from cluster.errors import StorageError, TrainingError
 from cluster.logs import say
 from pretrain.engine import PARAMETER, Engine, Scorer
 from pretrain.models import Carry
+from pretrain.optim import AVERAGE
 from pretrain.streams import Batch
 
 FORMAT = 2
@@ -78,6 +79,8 @@ class TrainState:
     bad_in_a_row: int = 0  # steps skipped since the last good one
     skipped: tuple[tuple[int, int], ...] = ()  # [from, to) in steps: data passed over after a rollback
     valid_loss: float | None = None  # where this very step was validated
+    valid_losses: tuple[float, ...] = ()  # of all validations; only while NT-ASGD waits for its trigger
+    averaging_since: int | None = None  # the step of that trigger
     optimizer_step: int = 0
     carry: Carry | None = None  # of this worker's lanes; None = zeros
 
@@ -90,6 +93,7 @@ class TrainState:
         """The state of `counters`, without a carry."""
         values = dict(counters)
         values["recent_losses"] = tuple(values["recent_losses"])
+        values["valid_losses"] = tuple(values.get("valid_losses", ()))
         values["skipped"] = tuple((start, stop) for start, stop in values["skipped"])
         return cls(**values)
 
@@ -376,6 +380,10 @@ class Reader:
         if not parts or sum(part.numel() for part in parts) != math.prod(shape):
             raise TrainingError(f"{self.folder}: holds no whole {name}; the recipe's model is not the one of this run")
         return torch.cat(parts).view(shape)
+
+    def weights(self, parameter: str) -> Tensor:
+        """A parameter as the run would be used: the average, where one is kept."""
+        return self.tensor(parameter, AVERAGE if AVERAGE in self.states else PARAMETER)
 
     def carry(self, lanes: range) -> Carry | None:
         """The carry of some global lanes, whatever workers wrote it; None where there was none yet."""

@@ -6,6 +6,7 @@ whatever the ZeRO stage and the number of workers, so a checkpoint need not know
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -18,13 +19,14 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cluster.config import Section
 from cluster.errors import ConfigError, TrainingError
+from pretrain import heads
 from pretrain.models import Carry
 from pretrain.models.dropout import Masks
-from pretrain.streams import IGNORED, Batch
+from pretrain.optim import AVERAGE, Knobs
+from pretrain.streams import Batch
 
 # DeepSpeed speaks on import and at every build; what a user must know is said by us.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -49,6 +51,7 @@ class EngineConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    head: Literal["chunked", "dense", "liger"] = Field("chunked", description="how the softmax's loss is computed")
     accumulation: int = Field(1, ge=1, description="groups that a worker's lanes are cut into, one in memory at a time")
     whole_below: int = Field(100_000, ge=0, description="parameters of fewer elements are not partitioned at ZeRO-3")
     timeout_seconds: int = Field(300, ge=10, description="a collective that takes longer means a lost worker")
@@ -124,9 +127,10 @@ class Scorer(Protocol):
 class Objective(nn.Module):
     """What DeepSpeed differentiates: next-token cross-entropy plus the model's own penalty."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, head: heads.Head):
         super().__init__()
         self.model = model
+        self.head = head
 
     def forward(
         self, batch: Batch, carry: Carry, masks: Masks | None, share: float | None
@@ -139,12 +143,11 @@ class Objective(nn.Module):
         DeepSpeed wraps are the parameters whole at ZeRO-3.
         """
         hidden, carry = self.model(batch.tokens_BT, carry, masks, batch.starts_BT)
-        logits_NV = self.model.logits(hidden.output_BTE).float().flatten(0, 1)  # type: ignore[operator]
-        targets_N = batch.targets_BT.flatten()
+        output_NE, targets_N = hidden.output_BTE.flatten(0, 1), batch.targets_BT.flatten()
+        weight_VE, bias_V = self.model.softmax()  # type: ignore[operator]
         if share is None:
-            nll_N = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
-            return nll_N, logits_NV.argmax(1) == targets_N, carry
-        nll = functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
+            return *heads.score(output_NE, weight_VE, bias_V, targets_N), carry
+        nll = self.head(output_NE, weight_VE, bias_V, targets_N)
         penalty = self.model.penalty(hidden)  # type: ignore[operator]
         return nll * share + penalty, nll.detach(), carry
 
@@ -154,7 +157,7 @@ class Plain:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._objective = Objective(model)
+        self._objective = Objective(model, heads.dense)
 
     def initial_carry(self, lanes: int) -> Carry:
         """The carry before the first token."""
@@ -190,7 +193,7 @@ class Engine:
         self.workers, self.config, self.clip = workers, config, clip
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._deepspeed, *_ = deepspeed.initialize(
-            model=Objective(self.model),
+            model=Objective(self.model, heads.HEADS[config.head]),
             optimizer=make_optimizer(self.model),
             config={
                 "train_micro_batch_size_per_gpu": lanes_per_worker // config.accumulation,
@@ -246,13 +249,15 @@ class Engine:
         with torch.no_grad():
             return self._deepspeed(batch.to(self.workers.device), carry, None, None)  # type: ignore[no-any-return]
 
-    def update(self, lr: float) -> tuple[float, bool]:
-        """Clips and steps the optimizer at learning rate `lr`. Returns (norm of the gradient before clipping, whether
-        it was applied): a gradient that is not finite is thrown away.
+    def update(self, knobs: Knobs) -> tuple[float, bool]:
+        """Clips and steps the optimizer. Returns (norm of the gradient before clipping, whether it was applied): a
+        gradient that is not finite is thrown away.
         """
         optimizer = self._deepspeed.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"], group["newest"] = knobs.lr * group.get("lr_scale", 1.0), knobs.newest
+            if knobs.beta1 is not None and "betas" in group:
+                group["betas"] = (knobs.beta1, group["betas"][1])
         if self._sharded:
             self._deepspeed.step()  # looks at the norm itself, and applies nothing where it is not finite
             norm = self._deepspeed.get_global_grad_norm()
@@ -375,11 +380,40 @@ class Engine:
                     )
                 self._set(parameter, key, value.to(self.workers.device))
         if self.config.zero_stage == 3:
-            optimizer = self._deepspeed.optimizer
+            self._publish()
+
+    def _publish(self) -> None:
+        """Hands the fp32 weights of the optimizer on to the copy that the forward reads. A collective."""
+        optimizer = self._deepspeed.optimizer
+        if self.config.zero_stage == 3:
+            optimizer._partition_all_parameters()  # what a forward has gathered would not be gathered again
             for group in range(len(self._flat())):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)  # fp32 parts → those that forward gathers
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif self._sharded:
+            optimizer.update_lp_params()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model computes with the average of its weights, where the optimizer keeps one. A collective."""
+        if AVERAGE not in self.state_names():
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        with torch.no_grad():
+            for flat in self._flat():
+                average = self._inner().state[flat][AVERAGE]
+                newest = flat.clone()
+                flat.copy_(average)
+                average.copy_(newest)
+        self._publish()
 
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self.config.zero_stage == 3:

@@ -22,7 +22,6 @@ from pretrain.engine import Engine, Workers
 from pretrain.evaluate import evaluate
 from pretrain.models import MODELS
 from pretrain.models.dropout import Masks
-from pretrain.optim import learning_rate
 from pretrain.streams import Prefetch, lanes_of, open_streams
 
 if TYPE_CHECKING:
@@ -119,9 +118,10 @@ class Training:
         self.saver.tick(done, failed)
         save = ask > 0 and self.notice.warned()
         loss = nll_sum / max(targets, 1)
-        self.lr = learning_rate(state.step, self.steps, recipe.optim)
-        if recipe.data.jitter:
-            self.lr *= self.streams.length_of(state.step) / recipe.data.bptt  # arXiv:1708.02182 §4.1
+        self.knobs = optim.knobs(state.step, self.steps, recipe.optim, state.averaging_since)
+        if recipe.data.jitter:  # arXiv:1708.02182 §4.1
+            scale = self.streams.length_of(state.step) / recipe.data.bptt
+            self.knobs = self.knobs._replace(lr=self.knobs.lr * scale)
         sigmas = faults.sigmas_above(loss, state.recent_losses)
         reason = None
         if not math.isfinite(loss):
@@ -132,7 +132,7 @@ class Training:
         if reason is not None:
             engine.discard()
         else:
-            self.grad_norm, applied = engine.update(self.lr)
+            self.grad_norm, applied = engine.update(self.knobs)
             reason = None if applied else "the gradient is not finite"
         if math.isfinite(loss):
             state = replace(state, recent_losses=(*state.recent_losses, loss)[-faults.WINDOW :])
@@ -195,7 +195,7 @@ class Training:
                 step=state.step,
                 loss=state.pending_nll / state.pending_targets,
                 smoothed_loss=state.smoothed_loss,
-                lr=self.lr,
+                lr=self.knobs.lr,
                 grad_norm=self.grad_norm,
                 epoch=self.streams.epoch_of(state.step),
                 tokens=state.tokens,
@@ -209,7 +209,10 @@ class Training:
         def told() -> bool:
             return self.workers.total(float(self.notice.stop))[0] > 0
 
-        scores = evaluate(self.engine, self.valid, self.recipe.data, self.lanes, self.workers.total, interrupted=told)
+        with self.engine.averaged():
+            scores = evaluate(
+                self.engine, self.valid, self.recipe.data, self.lanes, self.workers.total, interrupted=told
+            )
         if scores is None:
             return True
         if self.track is not None:
@@ -219,6 +222,12 @@ class Training:
             lines |= {f"valid_loss/{name}": value for name, value in categories.items()}
             self.track.log(step=self.state.step, **lines)
         self.state = replace(self.state, valid_loss=scores.loss)
+        if self.recipe.optim.average == "nt-asgd" and self.state.averaging_since is None:
+            history = (*self.state.valid_losses, scores.loss)
+            self.state = replace(self.state, valid_losses=history)
+            if optim.no_longer_improves(history, self.recipe.optim.patience):
+                self.state = replace(self.state, averaging_since=self.state.step)
+                self.mark("averages", self.state.step)
         return False
 
     def save(self, wait: bool) -> None:

@@ -120,7 +120,7 @@ def init_weights(model: nn.Module, source: dict[str, str], tokenizer: Tokenizer,
     rows = torch.tensor([place_of.get(piece, -1) for piece in tokenizer.pieces()])
     stored = checkpoint.Reader(source["folder"], cache)
     for name, parameter in model.named_parameters():
-        value = stored.tensor(name)
+        value = stored.weights(name)
         if name in model.BY_TOKEN:  # type: ignore[operator]
             value = torch.where((rows >= 0).view(-1, *[1] * (value.dim() - 1)), value[rows.clamp(min=0)], value.mean(0))
         if value.shape != parameter.shape:
@@ -175,6 +175,8 @@ def load_trained(run: str) -> Trained:
         for name, parameter in model.named_parameters():
             parameter.data.copy_(stored.tensor(name))
         stored.confirm(Plain(model), tokenizer.vocab_size, "fp32")
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(stored.weights(name))
     return Trained(
         run=run,
         step=stored.state.step,

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,11 +26,21 @@ from cluster.config import Section
 from pretrain.models.carry import Carry, Pieces, forgotten
 from pretrain.models.dropout import Masks
 
+PRESETS: dict[str, dict[str, int]] = {
+    "awd-small": {"embedding": 128, "hidden": 256, "layers": 3},  # for a CPU
+    "awd-classic": {"embedding": 400, "hidden": 1152, "layers": 3},  # the published size, as fastai rounds it
+    # cuDNN's persistent kernel takes fp16 layers of up to 1024, multiples of 128.
+    "awd-fast": {"embedding": 512, "hidden": 1024, "layers": 3},
+}
+
 
 class AwdLstmConfig(Section):
-    """Sizes and dropouts; the defaults are fastai's for language models (drop_mult 1), at a CPU's size."""
+    """Sizes and dropouts; the defaults are fastai's for language models (drop_mult 1). Sizes that are given win over
+    the preset's.
+    """
 
     name: Literal["awd-lstm"] = "awd-lstm"
+    preset: Literal["awd-small", "awd-classic", "awd-fast"] = "awd-small"
     embedding: int = Field(128, ge=1, description="width E of the embedding and of the last LSTM layer")
     hidden: int = Field(256, ge=1, description="width H of the other LSTM layers")
     layers: int = Field(3, ge=1)
@@ -41,6 +51,11 @@ class AwdLstmConfig(Section):
     drop_weight: float = Field(0.2, ge=0, lt=1, description="recurrent weights (DropConnect)")
     alpha: float = Field(2.0, ge=0, description="activation regularization, on the dropped output")
     beta: float = Field(1.0, ge=0, description="temporal activation regularization, on the undropped output")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return PRESETS.get(str(values.get("preset")), {}) | values
 
 
 class Hidden(NamedTuple):
@@ -141,9 +156,13 @@ class AwdLstm(nn.Module):
             x_BTD = _dropped(x_BTD, masks.per_lane("output", config.drop_output, self.width))
         return Hidden(x_BTD, raw_BTE), after
 
+    def softmax(self) -> tuple[Tensor, Tensor]:
+        """(weight [V, E], bias [V]) that a loss head makes logits with; the weight is the embedding's."""
+        return self.embedding.weight, self.bias
+
     def logits(self, output_BTE: Tensor) -> Tensor:
         """Scores of the next token [B, T, V]."""
-        return functional.linear(output_BTE, self.embedding.weight, self.bias)
+        return functional.linear(output_BTE, *self.softmax())
 
     def penalty(self, hidden: Hidden) -> Tensor:
         """AR + TAR (§4.3): alpha·mean(output²) + beta·mean((h_t − h_{t−1})²); part of the objective, not of the nll."""

@@ -57,9 +57,9 @@ def trained(workers: Any, stage: int, how: str, accumulation: int, lr: float = 1
                 engine.discard()
             else:
                 spoil(engine)
-                assert engine.update(lr) == (float("inf"), False)
+                assert engine.update(optim.Knobs(lr)) == (float("inf"), False)
             continue
-        norm, applied = engine.update(lr)
+        norm, applied = engine.update(optim.Knobs(lr))
         assert applied
         carry = after
         said.append([*workers.total(nll), norm])
@@ -116,3 +116,75 @@ def test_every_stage_trains_the_same_and_what_is_thrown_away_leaves_no_trace(
     assert found["discard/2"] == found["without/2"]
     assert found["gradient/1"] == found["without/1"]
     assert found["without/1"]["steps"] != found["plain/1"]["steps"][:-1]
+
+
+def averaging(out: str, stage: int) -> None:
+    """Trains with averages of the weights; writes, of every optimizer, what `averaged` gives."""
+    from pretrain.engine import Workers
+
+    torch.set_num_threads(1)
+    workers = Workers(60)
+    found = {name: with_average(workers, stage, name) for name in ("adamw", "sgd")}
+    if workers.first:
+        Path(out).write_text(json.dumps(found))
+    workers.close()
+
+
+def with_average(workers: Any, stage: int, name: str) -> dict[str, Any]:
+    from pretrain import optim
+    from pretrain.engine import Engine, EngineConfig
+    from pretrain.models import MODELS
+    from pretrain.models.dropout import Masks
+    from pretrain.streams import lanes_of
+
+    kind = MODELS["awd-lstm"]
+    lanes = lanes_of(workers.rank, workers.world, LANES)
+    config = EngineConfig(zero_stage=stage, whole_below=0, timeout_seconds=60)
+    told = optim.OptimConfig(name=name, average="nt-asgd", layer_decay=2.6, lr=0.5 if name == "sgd" else 1e-2)
+
+    def made() -> Engine:
+        torch.manual_seed(1)
+        model = kind(kind.Config(embedding=13, hidden=17, layers=2), VOCAB)
+        return Engine(model, lambda m: optim.build(m, told), config, workers, len(lanes), clip=0.25)
+
+    def score(engine: Engine) -> list[float]:
+        nll_N, _, _ = engine.score(batch_of(99, lanes), engine.initial_carry(len(lanes)))
+        return workers.total(nll_N.double().sum())
+
+    def sums(engine: Engine, key: str) -> list[float]:
+        """A weighted sum of every parameter (or of the average of it) over all workers."""
+        found = dict.fromkeys(engine.shapes(), 0.0)
+        for parameter, kind_of, start, part in engine.parts():
+            if kind_of == key:
+                weights = torch.arange(start + 1, start + 1 + part.numel())
+                found[parameter] += (part.double() * weights).sum().item()
+        return workers.total(*found.values())
+
+    engine, carry, since = made(), None, []
+    for step in range(STEPS):
+        carry = carry or engine.initial_carry(len(lanes))
+        masks = Masks(1, step, lanes, workers.device)
+        _, carry = engine.forward_backward(batch_of(step, lanes), carry, masks, LANES * LENGTH)
+        engine.update(optim.knobs(step, STEPS, told, 2 if step >= 2 else None))
+        if step >= 2:
+            since.append(sums(engine, "parameter"))
+    average, newest = sums(engine, "average"), score(engine)
+    for found, *passed in zip(average, *since, strict=True):
+        assert found == pytest.approx(sum(passed) / len(passed), rel=1e-3, abs=1e-3)
+    with engine.averaged():
+        of_average = score(engine)
+        assert sums(engine, "parameter") == average
+    assert score(engine) == newest  # to the last bit
+    assert of_average != newest
+    return {"newest": newest, "average": of_average, "sums": average}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_average_of_the_weights_is_kept_in_every_stage(tmp_path: Path, stage: int) -> None:
+    """Two workers as one at ZeRO-0; `averaged` computes with the mean of the weights, and leaves no trace."""
+    run_on_ranks(1, averaging, str(tmp_path / "alone.json"), 0)
+    run_on_ranks(2, averaging, str(tmp_path / "two.json"), stage)
+    alone, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "two"))
+    for name, numbers in alone.items():
+        for key, value in numbers.items():
+            assert two[name][key] == pytest.approx(value, rel=1e-4, abs=1e-3), f"{name} {key}"

@@ -26,7 +26,7 @@ def test_launch_alone_prints_every_verb() -> None:
 
 def test_launch_sets_up_for_every_verb() -> None:
     (verbs,) = re.findall(
-        r"^  ([a-z |]+)\)\n    set_up\n    exec .* -m cluster\.cli", (ROOT / "launch.sh").read_text(), re.M
+        r"^  ([a-z |-]+)\)\n    set_up\n    exec .* -m cluster\.cli", (ROOT / "launch.sh").read_text(), re.M
     )
     assert verbs.split(" | ") == [name for name, verb in cli.VERBS.items() if verb.module is not None]
 
