@@ -65,6 +65,20 @@ class Hidden(NamedTuple):
     raw_BTE: Tensor
 
 
+class _Together(torch.autograd.Function):
+    """The identity. The gradients of all inputs come at once, in this order, whatever pieces the text was cut into:
+    ZeRO-2 sums gradients over workers in the order in which they come, which must be everywhere the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
 class LstmLayer(nn.Module):
     """One LSTM layer with weight drop. State `h`, `c` [B, H]."""
 
@@ -83,8 +97,12 @@ class LstmLayer(nn.Module):
         """(output [B, T, H], h [B, H], c [B, H]); `weight_mask` [4H, H] scales the recurrent weights (§2); between
         `pieces` the state begins anew.
         """
-        weight_hh = self.weight_hh if weight_mask is None else self.weight_hh * weight_mask.to(self.weight_hh.dtype)
-        weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
+        weight_ih, weight_hh, bias_ih, bias_hh = _Together.apply(
+            self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+        if weight_mask is not None:
+            weight_hh = weight_hh * weight_mask.to(weight_hh.dtype)
+        weights = [weight_ih, weight_hh, bias_ih, bias_hh]
         if pieces is not None:
             lanes, length, _ = input_BTD.shape
             keeps = pieces.keeps_P1.to(h_BH.dtype)

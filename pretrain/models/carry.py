@@ -25,11 +25,9 @@ class Pieces:
     last_B: Tensor  # the piece that ends each lane
 
     @classmethod
-    def of(cls, starts_BT: Tensor) -> Pieces | None:
-        """The pieces between starts; None where no lane is cut within the segment."""
+    def of(cls, starts_BT: Tensor) -> Pieces:
+        """The pieces between starts."""
         starts = starts_BT.cpu().numpy()
-        if not starts[:, 1:].any():
-            return None
         lanes, length = starts.shape
         cuts = starts.copy()
         cuts[:, 0] = True

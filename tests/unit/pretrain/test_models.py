@@ -82,6 +82,21 @@ class TestContract:
         unmarked = model(text, carry, masks, torch.zeros_like(starts))[0].output_BTE
         torch.testing.assert_close(unmarked, model(text, carry, masks)[0].output_BTE)
 
+    def test_gradients_come_in_one_order_wherever_texts_begin(self, name: str) -> None:
+        """ZeRO-2 sums gradients over workers in the order in which they come, and every worker has other texts."""
+        model, orders = build(name), []
+        for parameter_name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=parameter_name: orders[-1].append(name))
+        starts = torch.zeros(6, 3, 12, dtype=torch.bool)
+        starts[1, 1, 0] = starts[2, 1, 5] = starts[3, :, 6] = starts[4, 0, 1:] = starts[5, :2, 3] = True
+        for step in range(6):
+            orders.append([])
+            masks = Masks(1, step, range(3), torch.device("cpu"))
+            hidden, _ = model(tokens(3, 12, step), model.initial_carry(3), masks, starts[step])
+            (model.logits(hidden.output_BTE).logsumexp(-1).sum() + model.penalty(hidden)).backward()
+        assert len(orders[0]) == len(list(model.parameters()))
+        assert all(order == orders[0] for order in orders)
+
     def test_overfits_one_batch(self, name: str) -> None:
         model = build(name)
         text = tokens(2, 12)
