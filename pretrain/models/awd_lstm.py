@@ -184,9 +184,10 @@ class AwdLstm(nn.Module):
 
     def penalty(self, hidden: Hidden) -> Tensor:
         """AR + TAR (§4.3): alpha·mean(output²) + beta·mean((h_t − h_{t−1})²); part of the objective, not of the nll."""
-        penalty = self.config.alpha * hidden.output_BTE.float().pow(2).mean()
+        exact = torch.promote_types(hidden.raw_BTE.dtype, torch.float32)
+        penalty = self.config.alpha * hidden.output_BTE.to(exact).pow(2).mean()
         if hidden.raw_BTE.shape[1] > 1:
-            penalty = penalty + self.config.beta * hidden.raw_BTE.float().diff(dim=1).pow(2).mean()
+            penalty = penalty + self.config.beta * hidden.raw_BTE.to(exact).diff(dim=1).pow(2).mean()
         return penalty
 
     def layer_groups(self) -> list[list[nn.Parameter]]:

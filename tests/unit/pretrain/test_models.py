@@ -178,12 +178,12 @@ def test_awd_lstm_is_the_paper_to_the_last_digits() -> None:
     ours = ours + model.penalty(hidden)
     logits, penalty = by_hand(model, text, masks)
     reference = functional.cross_entropy(logits.flatten(0, 1), text.flatten()) + penalty
-    # The model's penalty is summed in fp32 (bf16 runs need it), hence the tolerance.
-    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(model.logits(hidden.output_BTE), logits, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-14)
     gradients = torch.autograd.grad(ours, list(model.parameters()))
     expected = torch.autograd.grad(reference, list(model.parameters()))
     for name, a, b in zip(dict(model.named_parameters()), gradients, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14, msg=name)
 
 
 @pytest.mark.parametrize(
