@@ -66,7 +66,7 @@ case $verb in
     "$venv/bin/mypy"
     exec "$venv/bin/shellcheck" launch.sh .ci/run
     ;;
-  demo | hospital | shard | check | verify | stats | pretrain | find-lr | evaluate | generate | plot | finetune | submit | status | logs | stop)
+  demo | hospital | shard | check | verify | stats | pretrain | find-lr | evaluate | compare | generate | plot | finetune | submit | status | logs | stop)
     set_up
     exec "$venv/bin/python" -m cluster.cli "$@"
     ;;

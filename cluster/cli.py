@@ -38,7 +38,12 @@ VERBS = {
     "stats": Verb("stats SHARDS", "what a corpus is made of, as tables and stats.png", "sharding.stats"),
     "pretrain": Verb("pretrain RECIPE", "train a language model on shards; again = resume", "pretrain.train"),
     "find-lr": Verb("find-lr RECIPE", "suggest a learning rate, as a number and a picture", "pretrain.find_lr"),
-    "evaluate": Verb("evaluate RUN [split=test]", "perplexity, bits per byte, accuracy", "pretrain.evaluate"),
+    "evaluate": Verb(
+        "evaluate RUN [RUN…] [split=test]",
+        "perplexity, bits per byte; several runs as one mixture",
+        "pretrain.evaluate",
+    ),
+    "compare": Verb("compare RUN RUN…", "runs of any vocabulary side by side, in bits per byte", "pretrain.compare"),
     "generate": Verb('generate RUN prompt="blood loss"', "text from a trained model", "pretrain.generate"),
     "plot": Verb("plot RUN [RUN…]", "the curves of one or several runs as a picture", "pretrain.plot"),
     "finetune": Verb("finetune RECIPE [run=RUN]", "train and evaluate a clinical predictor", "downstream.finetune"),

@@ -29,7 +29,8 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) ->
     """Prints a table; every column after the first is aligned to the right."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for index, heading in enumerate(headings):
-        drawn.add_column(heading, justify="left" if index == 0 else "right")
+        # Numbers stay whole and in one line; what is too long folds, nothing is cut off.
+        drawn.add_column(heading, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
     for row in rows:
         drawn.add_row(*(escape(cell) for cell in row))
     console.print(drawn)

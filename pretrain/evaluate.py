@@ -7,8 +7,9 @@ any vocabulary. Sums are taken first and divided once, so the numbers do not dep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from pydantic import Field
 from cluster import config, logs, storage
 from cluster.errors import ConfigError
 from pretrain.engine import Plain, Scorer
-from pretrain.run import load_trained
+from pretrain.ensemble import Ensemble, of_one_kind
+from pretrain.run import Trained, load_trained
 from pretrain.streams import IGNORED, StreamConfig, Streams
 from sharding.shards import Corpus, Split
 
@@ -28,6 +30,7 @@ class Evaluation:
 
     loss: float  # nats a token
     perplexity: float
+    word_perplexity: float  # all nats over the words of the cleaned text; of a word-level tokenizer, its tokens
     bits_per_byte: float
     accuracy: float  # share of tokens that were the most likely one
     tokens: int
@@ -42,11 +45,14 @@ def evaluate(
     total: Callable[..., list[float]] | None = None,
     advance: logs.Advance | None = None,
     interrupted: Callable[[], bool] | None = None,
+    *,
+    begins_word_V: np.ndarray,
 ) -> Evaluation | None:
     """Scores of a model on every token of `split`, read in corpus order in the lanes and segments of `data`.
 
     With several workers each gives its lanes as `mine` and a sum over workers as `total`; the carry is this
-    evaluation's own, so training is not touched. None where `interrupted` (a collective, asked now and then) says so.
+    evaluation's own, so training is not touched. `begins_word_V` is the tokenizer's. None where `interrupted` (a
+    collective, asked now and then) says so.
     """
     streams = streams_of(split, data)
     mine = range(data.lanes) if mine is None else mine
@@ -54,11 +60,15 @@ def evaluate(
     categories, code_of_note = np.unique(names, return_inverse=True)
     nll_C = torch.zeros(len(categories), dtype=torch.float64)
     hits_C, tokens_C = torch.zeros_like(nll_C), torch.zeros_like(nll_C)
+    begins = torch.from_numpy(begins_word_V)
+    words = torch.zeros(1, dtype=torch.float64)
     carry = scorer.initial_carry(len(mine))
     for step in range(streams.steps or 0):
         batch = streams.batch(step, mine)
         nll_N, hits_N, carry = scorer.score(batch, carry)
-        wanted_N = batch.targets_BT.flatten() != IGNORED
+        targets_N = batch.targets_BT.flatten()
+        wanted_N = targets_N != IGNORED
+        words += begins[targets_N[wanted_N]].sum()
         assert batch.notes_BT is not None
         code_N = torch.from_numpy(code_of_note)[batch.notes_BT.flatten()[wanted_N]]
         nll_C.index_add_(0, code_N, nll_N.double().cpu()[wanted_N])
@@ -68,14 +78,15 @@ def evaluate(
             advance(step + 1, "")
         if interrupted is not None and step % 16 == 15 and interrupted():
             return None
-    sums = torch.cat([nll_C, hits_C, tokens_C])
+    sums = torch.cat([nll_C, hits_C, tokens_C, words])
     if total is not None:
         sums = torch.tensor(total(*sums), dtype=torch.float64)
-    nll_C, hits_C, tokens_C = sums.chunk(3)
+    words, (nll_C, hits_C, tokens_C) = sums[-1:], sums[:-1].chunk(3)
     nll, tokens = nll_C.sum().item(), int(tokens_C.sum())
     return Evaluation(
         loss=nll / tokens,
         perplexity=math.exp(min(nll / tokens, 700.0)),
+        word_perplexity=math.exp(min(nll / max(words.item(), 1.0), 700.0)),
         bits_per_byte=nll / math.log(2) / split.n_bytes,
         accuracy=hits_C.sum().item() / tokens,
         tokens=tokens,
@@ -101,37 +112,55 @@ def streams_of(split: Split, data: StreamConfig) -> Streams:
 
 
 class EvaluateRecipe(config.Section):
-    """`./launch.sh evaluate RUN [split=test]`."""
+    """`./launch.sh evaluate RUN [RUN…] [split=test]`."""
 
-    run: str = Field(description="run directory")
     split: str = "valid"
     corpus: str | None = Field(None, description="shard directory; the one the run was trained on if not given")
 
 
-def main(args: list[str]) -> None:
-    """Verb `evaluate`: prints the scores of a run's newest checkpoint and keeps them in `RUN/evaluation-SPLIT.json`."""
-    recipe = config.load(EvaluateRecipe, args, positional="run")
-    trained = load_trained(recipe.run)
-    data = config.validate(StreamConfig, trained.recipe["data"], f"{recipe.run}/recipe.toml: data")
-    if recipe.corpus is None and len(data.urls) > 1:
-        raise ConfigError(f"{recipe.run}: was trained on several corpora; give corpus=, one of {', '.join(data.urls)}")
-    corpus = Corpus.open(recipe.corpus or data.urls[0])
-    if corpus.tokenizer.sha256 != trained.tokenizer.sha256:
+def evaluated(runs: Sequence[Trained], name: str, corpus_url: str | None) -> tuple[Evaluation, Split]:
+    """Scores of a run, or of several mixed, on the split `name` of a corpus (of the first run's own, if None), and the
+    split. Raises ConfigError where they cannot be mixed or the corpus is of another tokenizer.
+    """
+    of_one_kind(runs)
+    first = runs[0]
+    data = config.validate(StreamConfig, first.recipe["data"], f"{first.run}/recipe.toml: data")
+    if corpus_url is None and len(data.urls) > 1:
+        raise ConfigError(f"{first.run}: was trained on several corpora; give corpus=, one of {', '.join(data.urls)}")
+    corpus = Corpus.open(corpus_url or data.urls[0])
+    if corpus.tokenizer.sha256 != first.tokenizer.sha256:
         raise ConfigError(
-            f"{corpus.url}: was tokenized by another tokenizer than {recipe.run}; give the corpus of that run"
+            f"{corpus.url}: was tokenized by another tokenizer than {first.run}; give the corpus of that run"
         )
-    split = corpus.split(recipe.split)
-    with logs.progress(f"evaluate {recipe.split}", streams_of(split, data).steps or 0) as advance:
-        scores = evaluate(Plain(trained.model), split, data, advance=advance)
+    split = corpus.split(name)
+    scorer = Plain(first.model) if len(runs) == 1 else Ensemble([run.model for run in runs])
+    with logs.progress(f"evaluate {name}", streams_of(split, data).steps or 0) as advance:
+        scores = evaluate(scorer, split, data, advance=advance, begins_word_V=corpus.tokenizer.begins_word)
     assert scores is not None
-    storage.write_json(
-        storage.join(recipe.run, f"evaluation-{recipe.split}.json"), {"step": trained.step, **asdict(scores)}
-    )
+    return scores, split
+
+
+def main(args: list[str]) -> None:
+    """Verb `evaluate`: prints the scores of a run's newest checkpoint, or of several runs mixed in probability, and
+    keeps them in `RUN/evaluation-SPLIT.json`, of several in `RUN/evaluation-SPLIT-ensemble.json` of the first.
+    """
+    places = list(dict.fromkeys(word.rstrip("/") or word for word in args if "=" not in word))
+    recipe = config.load(EvaluateRecipe, [word for word in args if "=" in word], None)
+    if not places:
+        raise ConfigError("evaluate needs a run directory: ./launch.sh evaluate RUN [RUN…]")
+    runs = [load_trained(place) for place in places]
+    scores, _ = evaluated(runs, recipe.split, recipe.corpus)
+    many = len(runs) > 1
+    steps: dict[str, Any] = {"runs": {run.run: run.step for run in runs}} if many else {"step": runs[0].step}
+    kept = f"evaluation-{recipe.split}{'-ensemble' if many else ''}.json"
+    storage.write_json(storage.join(places[0], kept), steps | asdict(scores))
     rows = [
         ("perplexity (a token)", f"{scores.perplexity:.2f}"),
+        ("perplexity (a word)", f"{scores.word_perplexity:.2f}"),
         ("bits per byte", f"{scores.bits_per_byte:.3f}"),
         ("next-token accuracy", f"{scores.accuracy:.1%}"),
         ("tokens", f"{scores.tokens:,}"),
         *((f"perplexity: {name}", f"{math.exp(loss):.2f}") for name, loss in scores.loss_of_category.items()),
     ]
-    logs.table(f"{recipe.run}, step {trained.step:,}, {recipe.split} patients", ("", "value"), rows)
+    title = " + ".join(f"{run.run}, step {run.step:,}" for run in runs)
+    logs.table(f"{title}, {recipe.split} patients", ("", "value"), rows)

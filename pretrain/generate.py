@@ -46,7 +46,7 @@ def generate(trained: Trained, recipe: GenerateRecipe, drawn: Callable[[str], No
     generator of (seed, i). `drawn` is told the text of the first sample as it grows.
     """
     model, tokenizer = trained.model, trained.tokenizer
-    ends, backward = (tokenizer.eos_id, tokenizer.bos_id), _backward(trained)
+    ends, backward = (tokenizer.eos_id, tokenizer.bos_id), trained.backward
     draws = [np.random.Generator(np.random.Philox(key=[recipe.seed, sample])) for sample in range(recipe.samples)]
     prompt = [int(token) for token in tokenizer.encode_prompt(trained.clean_text(recipe.prompt))]
     if backward:  # its notes begin with EOS
@@ -78,10 +78,6 @@ def generate(trained: Trained, recipe: GenerateRecipe, drawn: Callable[[str], No
     return [text(sample) for sample in range(recipe.samples)]
 
 
-def _backward(trained: Trained) -> bool:
-    return bool(trained.recipe["data"].get("backward", False))
-
-
 def _typewriter() -> Callable[[str], None]:
     """Writes what a growing text has more than the last time; a character that is not whole yet waits."""
     shown = ""
@@ -103,7 +99,7 @@ def main(args: list[str]) -> None:
     trained = load_trained(recipe.run)
     if recipe.top_k > trained.tokenizer.vocab_size:
         raise ConfigError(f"top_k={recipe.top_k}: the vocabulary has only {trained.tokenizer.vocab_size} tokens")
-    streaming = recipe.samples == 1 and not _backward(trained) and sys.stdout.isatty()
+    streaming = recipe.samples == 1 and not trained.backward and sys.stdout.isatty()
     samples = generate(trained, recipe, _typewriter() if streaming else None)
     text = "\n\n---\n\n".join(samples)
     name = f"step-{trained.step:08d}-seed-{recipe.seed}-{config.fingerprint(config.dump(recipe))[:8]}.txt"

@@ -46,7 +46,7 @@ class Training:
         splits = [corpus.split("train") for corpus in corpora]
         self.streams = open_streams(splits, recipe.data, recipe.seed, recipe.epochs)
         self.steps = recipe.total_steps(self.streams)
-        self.valid = corpora[-1].split("valid")
+        self.valid, self.begins_word_V = corpora[-1].split("valid"), corpora[-1].tokenizer.begins_word
         first = workers.first
         about = workers.agree(run_directory.enter(recipe.run_dir, recipe, corpora) if first else None)
         self.cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chartlm-")))
@@ -211,7 +211,13 @@ class Training:
 
         with self.engine.averaged():
             scores = evaluate(
-                self.engine, self.valid, self.recipe.data, self.lanes, self.workers.total, interrupted=told
+                self.engine,
+                self.valid,
+                self.recipe.data,
+                self.lanes,
+                self.workers.total,
+                interrupted=told,
+                begins_word_V=self.begins_word_V,
             )
         if scores is None:
             return True

@@ -153,6 +153,11 @@ class Trained:
     recipe: dict[str, Any]
     corpus_fingerprint: str
 
+    @property
+    def backward(self) -> bool:
+        """Whether it reads notes from their end to their beginning."""
+        return bool(self.recipe["data"].get("backward", False))
+
     def clean_text(self, text: str) -> str:
         """`text` as the model's training notes were cleaned."""
         return clean(text, self.clean)

@@ -153,12 +153,17 @@ class Tokenizer:
         spec = sentencepiece_model_pb2.ModelProto.FromString(model)
         self.kind = _KINDS[spec.trainer_spec.model_type]
         # SentencePiece gives a word model each symbol twice; as a word it has a blank before it.
-        blank = _BLANK if self.kind == "word" else ""
+        before = _BLANK if self.kind == "word" else ""
         symbols = spec.trainer_spec.user_defined_symbols
-        self.symbols = {symbol: self._pieces.piece_to_id(blank + symbol) for symbol in symbols}
+        self.symbols = {symbol: self._pieces.piece_to_id(before + symbol) for symbol in symbols}
         self.dtype = token_dtype(self.vocab_size)
         # Tokens that spell what the vocabulary does not have.
         self.is_unknown = np.isin([piece.type for piece in spec.pieces], [_Piece.UNKNOWN, _Piece.BYTE])
+        # Tokens that are the first of a word: one for every word of a text.
+        kinds = np.array([piece.type for piece in spec.pieces])
+        plain = np.isin(kinds, [_Piece.NORMAL, _Piece.USER_DEFINED, _Piece.UNKNOWN])
+        blank = np.array([piece.piece.startswith(_BLANK) for piece in spec.pieces])
+        self.begins_word = plain if self.kind == "word" else plain & blank
         self._words: dict[str, bytes] = {}
         self._forget()
 

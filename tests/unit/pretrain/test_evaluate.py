@@ -6,7 +6,9 @@ import pytest
 import torch
 from corpora import tiny_corpus
 
+from cluster.errors import ConfigError
 from pretrain.engine import Plain
+from pretrain.ensemble import Ensemble, of_one_kind
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
 from pretrain.streams import StreamConfig
@@ -14,7 +16,8 @@ from sharding.shards import Corpus, Split
 
 
 def scores_of(model: AwdLstm, split: Split, lanes: int, *more: Any) -> Evaluation:
-    scores = evaluate(Plain(model), split, StreamConfig(corpus="", lanes=lanes, bptt=13), *more)
+    words = np.zeros(model.vocab_size, bool)
+    scores = evaluate(Plain(model), split, StreamConfig(corpus="", lanes=lanes, bptt=13), *more, begins_word_V=words)
     assert scores is not None
     return scores
 
@@ -86,3 +89,59 @@ def test_evaluation_leaves_the_model_in_training_mode(corpus: Corpus, model: Awd
     model = AwdLstm(model.config, model.vocab_size).train()
     scores_of(model, corpus.split("valid"), 2)
     assert model.training
+
+
+def test_words_are_those_of_the_text(corpus: Corpus, model: AwdLstm) -> None:
+    """Perplexity a word spreads all nats over the words between blanks."""
+    model, split = AwdLstm(model.config, model.vocab_size), corpus.split("valid")
+    config = StreamConfig(corpus="", lanes=1, bptt=13)
+    scores = evaluate(Plain(model), split, config, begins_word_V=corpus.tokenizer.begins_word)
+    assert scores is not None
+    words = sum(len(corpus.tokenizer.decode(split.tokens(note)).split()) for note in range(split.n_notes))
+    assert scores.word_perplexity == pytest.approx(math.exp(min(scores.loss * scores.tokens / words, 700)), rel=1e-6)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_ensemble_mixes_probabilities(corpus: Corpus, model: AwdLstm, lanes: int) -> None:
+    """Each token's probability is the mean of those of the models, with a carry of its own for each."""
+    split, config = corpus.split("valid"), model.config
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(AwdLstm(config, model.vocab_size))
+    stream = torch.cat([torch.tensor(split.tokens(note).astype("int64")) for note in range(split.n_notes)])[None]
+    with torch.no_grad():
+        chances = [m.logits(m(stream[:, :-1], m.initial_carry(1), None)[0].output_BTE)[0].softmax(1) for m in models]
+    nll = torch.nn.functional.nll_loss((sum(chances) / 2).log(), stream[0, 1:]).item()  # type: ignore[union-attr]
+    found = evaluate(
+        Ensemble(models),
+        split,
+        StreamConfig(corpus="", lanes=lanes, bptt=13),
+        begins_word_V=corpus.tokenizer.begins_word,
+    )
+    assert found is not None
+    if lanes == 1:
+        assert found.loss == pytest.approx(nll, rel=1e-5)
+    else:  # the lanes are cut elsewhere
+        assert found.loss == pytest.approx(nll, rel=0.05)
+    alone = evaluate(
+        Ensemble(models[:1] * 2),
+        split,
+        StreamConfig(corpus="", lanes=lanes, bptt=13),
+        begins_word_V=np.zeros(9999, bool),
+    )
+    assert alone is not None
+    assert alone.loss == pytest.approx(scores_of(models[0], split, lanes).loss, rel=1e-6)
+
+
+def test_other_vocabularies_and_directions_are_not_mixed() -> None:
+    class Run:
+        def __init__(self, run: str, sha256: str, backward: bool):
+            self.run, self.backward = run, backward
+            self.tokenizer = type("Tokenizer", (), {"sha256": sha256})
+
+    of_one_kind([Run("a", "x", False), Run("b", "x", False)])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match=r"b: reads in another vocabulary than a; .*finetune"):
+        of_one_kind([Run("a", "x", False), Run("b", "y", False)])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="another direction"):
+        of_one_kind([Run("a", "x", False), Run("b", "x", True)])  # type: ignore[list-item]

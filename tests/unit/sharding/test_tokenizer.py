@@ -106,6 +106,14 @@ def test_marks() -> None:
     assert none.encode_prompt("the patient").tolist() == body.tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_word_begins_once(kind: str) -> None:
+    ours = Tokenizer(MODELS[kind])
+    for text in [*texts(20, seed=2), "<name>,<name> <date> <d", "漢字 zqx\n\nthe end", ""]:
+        words = sum(len(units(word, kind)) for word in text.split()) if kind == "word" else len(text.split())
+        assert ours.begins_word[ours.encode([text])[0]].sum() == words
+
+
 def test_the_cache_stays_bounded_and_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CACHED_WORDS", 40)
     small, large = Tokenizer(MODELS["bpe"]), Tokenizer(MODELS["bpe"])
