@@ -29,8 +29,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every verb does
 
 import torch  # noqa: E402
 
+from cluster import memory  # noqa: E402
 from pretrain import optim  # noqa: E402
-from pretrain.engine import Engine, EngineConfig, Workers, keep_memory  # noqa: E402
+from pretrain.engine import Engine, EngineConfig, Workers  # noqa: E402
 from pretrain.models import MODELS  # noqa: E402
 from pretrain.models.dropout import Masks  # noqa: E402
 from pretrain.streams import Prefetch, Streams  # noqa: E402
@@ -176,7 +177,7 @@ def allocate_as(name: str) -> None:
     if sys.platform != "linux" or torch.cuda.is_available():
         return
     if name.startswith("chartlm"):
-        keep_memory()
+        memory.keep_freed()
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 65536)  # M_MMAP_MAX

@@ -125,8 +125,11 @@ def expand(url: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def atomic_writer(url: str) -> Iterator[BinaryIO]:
-    """Binary stream whose content appears under `url` when the block ends, and never if it raises."""
+def atomic_writer(url: str, durable: bool = True) -> Iterator[BinaryIO]:
+    """Binary stream whose content appears under `url` when the block ends, and never if it raises.
+
+    Where it need not be `durable`, a power cut may take the file, or leave it shorter; a killed process never does.
+    """
     with _named(url, "writing"):
         if is_local(url):
             path = local_path(url)
@@ -135,12 +138,14 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
             try:
                 with open(temporary, "wb") as stream:
                     yield stream
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                    if durable:
+                        stream.flush()
+                        os.fsync(stream.fileno())
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_directory(path.parent)
+            if durable:
+                _sync_directory(path.parent)
         else:
             filesystem, remote = _filesystem(url)
             with tempfile.TemporaryDirectory(prefix="chartlm-") as folder:
@@ -159,9 +164,9 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(url: str, data: bytes) -> None:
+def write_bytes(url: str, data: bytes, durable: bool = True) -> None:
     """Writes `data` under `url`, atomically."""
-    with atomic_writer(url) as stream:
+    with atomic_writer(url, durable) as stream:
         stream.write(data)
 
 
@@ -171,9 +176,9 @@ def read_bytes(url: str) -> bytes:
         return stream.read()
 
 
-def write_json(url: str, value: Any) -> None:
+def write_json(url: str, value: Any, durable: bool = True) -> None:
     """Writes `value` as indented JSON with sorted keys (the same value gives the same bytes)."""
-    write_bytes(url, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    write_bytes(url, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), durable)
 
 
 def read_json(url: str) -> Any:

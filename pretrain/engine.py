@@ -7,11 +7,9 @@ whatever the ZeRO stage and the number of workers, so a checkpoint need not know
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from cluster import memory
 from cluster.config import Section
 from cluster.errors import ConfigError, TrainingError
 from pretrain import heads
@@ -65,17 +64,6 @@ class EngineConfig(Section):
         return self
 
 
-def keep_memory() -> None:
-    """On a CPU, lets the allocator keep what is freed for the next step. By default glibc gives large tensors back to
-    the kernel, which then hands out and clears every page anew: a fifth of a step's time (measured).
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-        if mallopt is not None:
-            mallopt(-4, 0)  # M_MMAP_MAX: no tensor in a mapping of its own
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
 class Workers:
     """Rank, world size and device of this process, from the environment: alone, torchrun and Ray Train alike."""
 
@@ -89,7 +77,7 @@ class Workers:
         if on_gpu:
             torch.cuda.set_device(self.device)
         else:
-            keep_memory()
+            memory.keep_freed()
         backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_seconds)
         if self._owns_group and "MASTER_ADDR" not in os.environ:
             if self.world > 1:

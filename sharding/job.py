@@ -12,12 +12,15 @@ duplicates are found in input order. `plan.json` is written first and says what 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import os
 import re
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +42,7 @@ from sharding.survey import Survey, survey
 from sharding.tokenizer import Tokenizer, TokenizerConfig
 
 WORK = "work"
+HASHED_BYTES = 16 << 20
 # What may differ between two runs that make the same corpus.
 IRRELEVANT = {"input", "output", "workers", "tokenizer_from"}
 
@@ -114,13 +118,23 @@ def _plan(recipe: ShardRecipe, sources: list[str], donor: Corpus | None) -> dict
         del decisive["near_similarity"]
     if donor is not None:
         decisive["tokenizer"] = donor.manifest["tokenizer"]
-    digests = [storage.sha256(url) for url in sources]
     content = {
         "files": len(sources),
         "size": sum(map(storage.size_bytes, sources)),
-        "sha256": digests[0] if len(digests) == 1 else config.fingerprint(digests),
+        "digest": config.fingerprint([_digests(url, recipe.workers or os.cpu_count() or 1) for url in sources]),
     }
     return sealed({"format": FORMAT_VERSION, "recipe": decisive, "input": content})
+
+
+def _digests(url: str, threads: int) -> list[str]:
+    """sha256 of each piece of a file, so that several processors can look at it."""
+    size = storage.size_bytes(url)
+
+    def digest(start: int) -> str:
+        return hashlib.sha256(storage.read_range(url, start, min(start + HASHED_BYTES, size))).hexdigest()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(digest, range(0, size, HASHED_BYTES)))
 
 
 def _adopt(output: str, plan: dict[str, Any]) -> Corpus | None:

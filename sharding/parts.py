@@ -6,7 +6,8 @@
 
 A step's JSON is written after its files and makes them count; a step whose JSON is there with files of the
 right size is not done again. Steps are pure functions of their arguments, so a task that died may simply run
-again. Parts hold note text: they lie in OUTPUT/work, which is removed when the manifest is written.
+again. No part waits for the disk: one that a power cut took has not its size. Parts hold note text: they lie in
+OUTPUT/work, which is removed when the manifest is written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster import storage
+from cluster import memory, storage
 from cluster.errors import StorageError
 from sharding import dedup, stats
 from sharding.clean import CleanConfig, clean_notes
@@ -70,6 +71,7 @@ def read_block(
 
     `compare` says what later steps ask of the text: nothing, its digest, or its sketch too.
     """
+    memory.keep_freed()
     parsed = reader.parse(block)
     words = clean_notes(parsed.notes.column("text").combine_chunks(), cleaning)
     hashes = dedup.word_hashes(words.vocabulary)
@@ -108,7 +110,7 @@ def read_block(
         "stored_end": block.stored_end,
         "files": sizes,
     }
-    storage.write_json(storage.join(work, f"part-{index:05d}.read.json"), counts)
+    storage.write_json(storage.join(work, f"part-{index:05d}.read.json"), counts, durable=False)
     return counts
 
 
@@ -128,15 +130,13 @@ def _sketches(vocabulary: Sequence[str], ids: np.ndarray, offsets: np.ndarray) -
 
 def _write(url: str, tables: Sequence[pa.Table]) -> int:
     """Writes tables of one schema as one record batch each; returns the size of the file in bytes."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, tables[0].schema) as file:
-        for table in tables:
-            whole = table.combine_chunks()
-            for batch in whole.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]:
-                file.write_batch(batch)
-    content = sink.getvalue()
-    storage.write_bytes(url, content)
-    return int(content.size)
+    with storage.atomic_writer(url, durable=False) as stream:
+        with pa.ipc.new_file(pa.PythonFile(stream, mode="w"), tables[0].schema) as file:
+            for table in tables:
+                whole = table.combine_chunks()
+                for batch in whole.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]:
+                    file.write_batch(batch)
+        return stream.tell()
 
 
 def _open(url: str) -> pa.RecordBatchFileReader:
@@ -220,6 +220,7 @@ def encode(
 
     `shard` and `place` say, per note of the part, which shard it goes to (-1: it does not stay) and where in it.
     """
+    memory.keep_freed()
     tokenizer = _tokenizer(output, *model)
     rows = np.lexsort((place, shard))[int((shard < 0).sum()) :]
     chosen = pa.array(rows)
@@ -253,12 +254,13 @@ def encode(
         "bytes": int(pc.sum(notes.column("n_bytes")).as_py() or 0),
         "files": {name: _write(storage.join(work, name), batches or [table])},
     }
-    storage.write_json(storage.join(work, f"part-{index:05d}.encode.json"), counts)
+    storage.write_json(storage.join(work, f"part-{index:05d}.encode.json"), counts, durable=False)
     return counts
 
 
 def pack(output: str, work: str, name: str, sources: Sequence[tuple[int, int]], model: ModelKey) -> dict[str, Any]:
     """Writes one shard from the record batches (part, number) that go into it, then its sidecar."""
+    memory.keep_freed()
     tokenizer = _tokenizer(output, *model)
     tables = [pa.Table.from_batches([_batch(_url(work, index, "tokens"), number)]) for index, number in sources]
     notes = pa.concat_tables(tables).combine_chunks()

@@ -19,7 +19,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -60,19 +60,38 @@ def write_shard(url: str, notes: pa.Table, tokenizer: Tokenizer) -> dict[str, An
     _check_marks(url, values, offsets - offsets[0], tokenizer)
     schema = shard_schema(tokenizer.dtype)
     batch = pa.RecordBatch.from_arrays([notes.column(name).combine_chunks() for name in schema.names], schema=schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as file:
-        file.write_batch(batch)
-    content = sink.getvalue()
-    storage.write_bytes(url, content)
+    with storage.atomic_writer(url) as stream:
+        hashed = _Hashed(stream)
+        with pa.ipc.new_file(pa.PythonFile(hashed, mode="w"), schema) as file:
+            file.write_batch(batch)
+        size = stream.tell()
     return {
         "name": url.rsplit("/", 1)[-1],
-        "size": content.size,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": size,
+        "sha256": hashed.sha256.hexdigest(),
         "notes": len(lists),
         "tokens": len(values),
         "bytes": int(notes.column("n_bytes").to_numpy().sum()),
     }
+
+
+class _Hashed:
+    """A stream to write to that knows the sha256 of what was written."""
+
+    closed = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.sha256 = stream, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def token_lists(tokens: Sequence[np.ndarray], dtype: np.dtype[np.generic]) -> pa.ListArray:

@@ -257,7 +257,7 @@ def test_another_recipe_is_refused_and_harms_nothing(
 def test_other_input_and_foreign_folders_are_refused(source: Path, made: Path, tmp_path: Path) -> None:
     other = tmp_path / "NOTEEVENTS.csv"
     other.write_bytes(source.read_bytes() + b'999,1,,2101-01-01,,,ECG,,,,"late"\r\n')
-    with pytest.raises(ConfigError, match=r"input\.sha256"):
+    with pytest.raises(ConfigError, match=r"input\.digest"):
         run(recipe(other, made))
     foreign = tmp_path / "home"
     (foreign / "work").mkdir(parents=True)
