@@ -2,13 +2,15 @@
 
     PYTHON benchmarks/awd_lstm.py --peer-fastai [--peer-salesforce DIR] corpus=SHARDS [rounds=5] [key=value…]
 
-PYTHON has chartlm's packages and fastai (benchmarks/rivals.txt); DIR is a checkout of salesforce/awd-lstm-lm. All read
-the same token ids with the same sizes, lanes, bptt and dropouts, on all cores. A round trains `steps` steps of each in
-turn; the first round warms up. chartlm takes whole steps of its loop: streams, masks, DeepSpeed's engine at ZeRO-1,
-clipping, AdamW. fastai trains by `Learner.fit_one_cycle` on its own `LMDataLoader`; Salesforce by what its `train()`
-does in a step, with full softmax and Adam. On a CPU chartlm has glibc keep freed memory; the peers' turns run under
-glibc's own limits (those it settles at by itself). Ratios are medians over rounds. Weight drop's overhead is that of
-chartlm's step with drop_weight=0.2 over the one with 0, the plain fused LSTM.
+PYTHON has chartlm's packages and fastai 2.8.12 (pip install --no-deps, for it asks for an older torch: fastai,
+fastcore, fastprogress, fasttransform, fastdownload, plum-dispatch, beartype, python-fasthtml, cloudpickle); DIR is a
+checkout of salesforce/awd-lstm-lm. All read the same token ids with the same sizes, lanes, bptt and dropouts, on all
+cores. A round trains `steps` steps of each in turn; the first round warms up. chartlm takes whole steps of its loop:
+streams, masks, DeepSpeed's engine at ZeRO-1, clipping, AdamW. fastai trains by `Learner.fit_one_cycle` on its own
+`LMDataLoader`; Salesforce by what its `train()` does in a step, with full softmax and Adam. On a CPU chartlm has glibc
+keep freed memory; the peers' turns run under glibc's own limits (those it settles at by itself). Ratios are medians
+over rounds. Weight drop's overhead is that of chartlm's step with drop_weight=0.2 over the one with 0, the plain fused
+LSTM.
 """
 
 from __future__ import annotations
@@ -46,16 +48,27 @@ Steps = Callable[[int], float]  # trains so many steps; returns seconds
 class Ours:
     """chartlm's training step."""
 
-    def __init__(self, corpus: Corpus, given: dict[str, Any], workers: Workers, precision: str, **model: float):
+    def __init__(
+        self,
+        corpus: Corpus,
+        given: dict[str, Any],
+        workers: Workers,
+        precision: str,
+        seed: int = 1,
+        total_steps: int = 10_000,
+        **model: float,
+    ):
         kind = MODELS["awd-lstm"]
         settings = kind.Config(embedding=given["embedding"], hidden=given["hidden"], layers=LAYERS, **model)
         config = EngineConfig(zero_stage=1, precision=precision, timeout_seconds=600)
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         self.lanes, self.workers, self.at = range(given["lanes"]), workers, 0
+        self.seed, self.total_steps = seed, total_steps
         self.told = optim.OptimConfig()
         module = kind(settings, corpus.vocab_size)
+        self.module = module
         self.engine = Engine(module, lambda m: optim.build(m, self.told), config, workers, len(self.lanes), 0.25)
-        streams = Streams(corpus.split("train"), given["lanes"], given["bptt"], 1)
+        streams = Streams(corpus.split("train"), given["lanes"], given["bptt"], seed)
         self.streams, self.batches = streams, Prefetch(streams, self.lanes, workers.device)
         self.carry = self.engine.initial_carry(given["lanes"])
 
@@ -63,11 +76,11 @@ class Ours:
         begun = time.perf_counter()
         for _ in range(steps):
             step, self.at = self.at, self.at + 1
-            masks = Masks(1, step, self.lanes, self.workers.device)
+            masks = Masks(self.seed, step, self.lanes, self.workers.device)
             targets = self.streams.targets_in(step)
             nll, self.carry = self.engine.forward_backward(self.batches.get(step), self.carry, masks, targets)
             self.workers.total(nll)
-            self.engine.update(optim.knobs(step, 10_000, self.told))
+            self.engine.update(optim.knobs(step, self.total_steps, self.told))
         if self.workers.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begun

@@ -1,5 +1,8 @@
 """Duplicates: exact ones over the whole corpus, near ones (notes copied forward) within a patient.
 
+Capitals do not count: the same notes stay whatever `clean.case` does with them, so models of either are compared on
+the same notes.
+
 Copies would be learned by heart, and a copy of a training note in the test set would make the test too easy.
 Of equal notes the first in input order stays. A near-duplicate is a note whose set of runs of five words has
 at least a given Jaccard similarity with that of an earlier note of the same patient that stays. It is estimated from
@@ -27,8 +30,13 @@ _WORDS = re.compile(r"\n|(?:xx(?:maj|up) )?[^ \n]+")
 
 def text_digest(text: str) -> bytes:
     """Digest of a cleaned text; equal texts, equal digest, on every machine. The same as `note_digests` gives."""
-    words = _WORDS.findall(text)
+    words = folded(_WORDS.findall(text))
     return hashlib.sha256(word_hashes(words).tobytes()).digest()[:DIGEST_BYTES]
+
+
+def folded(vocabulary: Sequence[str]) -> list[str]:
+    """Words as they are compared: without capitals, and without the marks that stand for them."""
+    return [word.rpartition(" ")[2].lower() for word in vocabulary]
 
 
 def word_hashes(vocabulary: Sequence[str]) -> np.ndarray:
@@ -38,7 +46,9 @@ def word_hashes(vocabulary: Sequence[str]) -> np.ndarray:
 
 
 def note_digests(hashes: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> list[bytes]:
-    """Digest of every note: equal for equal sequences of words. Note i is `ids[offsets[i]:offsets[i + 1]]`."""
+    """Digest of every note: equal for equal sequences of words. Note i is `ids[offsets[i]:offsets[i + 1]]`, and
+    `hashes` those of the `folded` vocabulary.
+    """
     spelled = memoryview(hashes[ids]).cast("B")
     # Processors have instructions for sha256: three times as fast as blake2b (measured).
     return [

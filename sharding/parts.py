@@ -77,15 +77,17 @@ def read_block(
     hashes = dedup.word_hashes(words.vocabulary)
     patients = parsed.notes.column("patient_id").combine_chunks()
     digests = [bytes(dedup.DIGEST_BYTES)] * len(patients)
+    compared = np.empty(0, np.uint64)
     if compare != "off" or patients.null_count:
-        digests = dedup.note_digests(hashes, words.ids, words.offsets)
+        compared = dedup.word_hashes(dedup.folded(words.vocabulary))
+        digests = dedup.note_digests(compared, words.ids, words.offsets)
     notes = parsed.notes.drop_columns(["text"]).append_column("n_bytes", pa.array(words.n_bytes))
     notes = notes.append_column("digest", pa.array(digests, pa.binary(dedup.DIGEST_BYTES)))
     if patients.null_count:
         patients = pc.coalesce(patients, pa.array([digest.hex() for digest in digests], pa.string()))
     notes = notes.set_column(notes.column_names.index("patient_id"), "patient_id", patients)
     notes = notes.append_column("split", pa.array(_splits(patients, splits)))
-    sketches = _sketches(words.vocabulary, words.ids, words.offsets) if compare == "near" else pa.nulls(len(notes))
+    sketches = _sketches(compared, words.ids, words.offsets) if compare == "near" else pa.nulls(len(notes))
     notes = notes.append_column("sketch", sketches.cast(NOTE_SCHEMA.field("sketch").type))
     # Most blocks have few enough distinct words for half the bytes.
     narrow = np.uint16 if len(words.vocabulary) <= 1 << 16 else np.int32
@@ -121,8 +123,8 @@ def _splits(patients: pa.StringArray, config: SplitConfig) -> np.ndarray:
     return split
 
 
-def _sketches(vocabulary: Sequence[str], ids: np.ndarray, offsets: np.ndarray) -> pa.Array:
-    found = dedup.sketches(dedup.word_hashes(vocabulary), ids, offsets)
+def _sketches(hashes: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> pa.Array:
+    found = dedup.sketches(hashes, ids, offsets)
     return pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(dedup.SKETCH_BYTES), len(found), [None, pa.py_buffer(np.ascontiguousarray(found, "<u2"))]
     )
