@@ -85,6 +85,13 @@ class Ours:
             torch.cuda.synchronize()
         return time.perf_counter() - begun
 
+    def loader_seconds(self) -> float:
+        """Seconds to make a batch; a thread does it while the step before is trained."""
+        begun = time.perf_counter()
+        for step in range(100):
+            self.streams.batch(step, self.lanes)
+        return (time.perf_counter() - begun) / 100
+
 
 def fastai_learner(corpus: Corpus, given: dict[str, Any], device: torch.device) -> Any:
     """fastai's AWD_LSTM with its language-model dropouts, on the same notes in its own loader."""
@@ -249,7 +256,11 @@ def main() -> None:
         print(f"{name:30} {tokens / statistics.median(took):10,.0f} tokens/s")
     overhead = ratio("chartlm fp32", "chartlm fp32, no weight drop")
     assert overhead is not None
+    ours = rivals["chartlm fp32"]
+    assert isinstance(ours, Ours)
+    step_seconds = statistics.median(seconds["chartlm fp32"]) / given["steps"]
     result = {
+        "loader_share": ours.loader_seconds() / step_seconds,
         "speedup_over_fastai_fp32": ratio("fastai", "chartlm fp32"),
         "speedup_over_fastai_bf16": ratio("fastai", "chartlm bf16"),
         "speedup_over_salesforce_fp32": ratio("salesforce", "chartlm fp32"),
