@@ -6,7 +6,8 @@
 
 A step's JSON is written after its files and makes them count; a step whose JSON is there with files of the
 right size is not done again. Steps are pure functions of their arguments, so a task that died may simply run
-again. No part waits for the disk: one that a power cut took has not its size. Parts hold note text: they lie in
+again. No part waits for the disk: what a power cut took has not its size, on file systems that record a size after
+the data (ext4, XFS); where that is in doubt, remove OUTPUT/work after one. Parts hold note text: they lie in
 OUTPUT/work, which is removed when the manifest is written.
 """
 
