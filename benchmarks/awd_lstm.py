@@ -35,6 +35,7 @@ from cluster import memory  # noqa: E402
 from pretrain import optim  # noqa: E402
 from pretrain.engine import Engine, EngineConfig, Workers  # noqa: E402
 from pretrain.models import MODELS  # noqa: E402
+from pretrain.models.awd_lstm import AwdLstmConfig  # noqa: E402
 from pretrain.models.dropout import Masks  # noqa: E402
 from pretrain.streams import Prefetch, Streams  # noqa: E402
 from sharding.shards import Corpus  # noqa: E402
@@ -56,16 +57,18 @@ class Ours:
         precision: str,
         seed: int = 1,
         total_steps: int = 10_000,
+        settings: Any = None,
+        told: optim.OptimConfig | None = None,
         **model: float,
     ):
-        kind = MODELS["awd-lstm"]
-        settings = kind.Config(embedding=given["embedding"], hidden=given["hidden"], layers=LAYERS, **model)
+        if settings is None:
+            settings = AwdLstmConfig(embedding=given["embedding"], hidden=given["hidden"], layers=LAYERS, **model)
         config = EngineConfig(zero_stage=1, precision=precision, timeout_seconds=600)
         torch.manual_seed(seed)
         self.lanes, self.workers, self.at = range(given["lanes"]), workers, 0
         self.seed, self.total_steps = seed, total_steps
-        self.told = optim.OptimConfig()
-        module = kind(settings, corpus.vocab_size)
+        self.told = told or optim.OptimConfig()
+        module = MODELS[settings.name](settings, corpus.vocab_size)
         self.module = module
         self.engine = Engine(module, lambda m: optim.build(m, self.told), config, workers, len(self.lanes), 0.25)
         streams = Streams(corpus.split("train"), given["lanes"], given["bptt"], seed)

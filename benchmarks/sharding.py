@@ -149,8 +149,10 @@ class Watched:
         return seconds
 
 
-def _ours(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
-    return _child([sys.executable, __file__, f"work={work}", f"job={json.dumps(recipe)}"])
+def _ours(recipe: dict[str, Any], work: Path, cores: int | None = None) -> dict[str, Any]:
+    """What `_job` says of a process of its own, which has the first `cores` processors if given."""
+    pinned = ["taskset", "--cpu-list", f"0-{cores - 1}"] if cores else []
+    return _child([*pinned, sys.executable, __file__, f"work={work}", f"job={json.dumps(recipe)}"])
 
 
 def _rival(options: Options, job: str, *settings: str) -> dict[str, Any]:
@@ -218,7 +220,8 @@ def _comparison(options: Options, work: Path) -> dict[str, Any]:
             result |= {f"{key}" if name == "archive" else f"{name}_{key}": value for key, value in ratio.items()}
     donor = work / "donor-unigram"
     result["index_gb_per_s"] = _index(hospital, options.rounds)
-    result["two_worker_speedup"] = _two_workers(work, donor, options)
+    large = _hospital(work / "large-hospital", 4 * options.patients)
+    result |= _two_workers(large, work, donor, options.rounds)
     return result | (_reads(options, work) if options.slow_rounds else {})
 
 
@@ -268,17 +271,24 @@ def _index(source: Path, rounds: int) -> float:
     return statistics.median(rates)
 
 
-def _two_workers(work: Path, donor: Path, options: Options) -> float:
-    hospital = _hospital(work / "large-hospital", 4 * options.patients)
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(options.rounds):
-        for workers in seconds:
-            output = work / f"workers-{workers}-{number}"
+def _two_workers(hospital: Path, work: Path, donor: Path, rounds: int) -> dict[str, float]:
+    """How much faster two workers are than one, and two on two cores than one on one: beside one worker the driver,
+    Ray and the kernel have the second core to themselves.
+    """
+    seconds: dict[tuple[int, int], list[float]] = {(1, 2): [], (2, 2): [], (1, 1): []}
+    for number in range(rounds):
+        for workers, cores in seconds:
+            output = work / f"workers-{workers}-{cores}-{number}"
             recipe = _recipe(hospital, output, donor, workers=workers, reader={"name": "mimic"})
-            seconds[workers].append(_ours(recipe, work)["seconds"])
-    one, two = map(statistics.median, seconds.values())
-    logs.say(f"{hospital.stat().st_size / 1e6:,.0f} MB: one worker {one:.1f} s, two {two:.1f} s, {one / two:.2f} times")
-    return one / two
+            seconds[workers, cores].append(_ours(recipe, work, cores)["seconds"])
+    medians = {side: statistics.median(taken) for side, taken in seconds.items()}
+    rows = [(f"{w} on {c}", f"{taken:.1f}", f"{taken / medians[2, 2]:.2f}") for (w, c), taken in medians.items()]
+    title = f"{hospital.stat().st_size / 1e6:,.0f} MB"
+    logs.table(title, ("workers on cores", "seconds", "two workers on two are … times as fast"), rows)
+    return {
+        "two_worker_speedup": medians[1, 2] / medians[2, 2],
+        "two_core_speedup": medians[1, 1] / medians[2, 2],
+    }
 
 
 def _reads(options: Options, work: Path) -> dict[str, float]:

@@ -84,7 +84,7 @@ def validate(model: type[SectionT], values: dict[str, Any], where: str) -> Secti
     except ValidationError as exc:
         # An unknown key first: it is often the reason why another is missing.
         problem = min(exc.errors(), key=lambda error: error["type"] != "extra_forbidden")
-        path = ".".join(str(part) for part in problem["loc"])
+        path = _path(problem["loc"], values)
         if problem["type"] == "extra_forbidden":
             raise ConfigError(f"{where}: no key {path!r}; {_nearest(path, model)}") from None
         if problem["type"] == "missing":
@@ -92,6 +92,18 @@ def validate(model: type[SectionT], values: dict[str, Any], where: str) -> Secti
         reason = problem["msg"].removeprefix("Value error, ")
         got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
         raise ConfigError(f"{where}: {path or model.__name__}: {reason}{got}") from None
+
+
+def _path(places: tuple[int | str, ...], values: Any) -> str:
+    """The dotted key that pydantic means; in its places stand also the names of the members of unions."""
+    path = []
+    for number, place in enumerate(places, 1):
+        if isinstance(values, dict) and place not in values and number < len(places):
+            continue
+        path.append(str(place))
+        inside = (isinstance(values, dict) and place in values) or isinstance(values, list)
+        values = values[place] if inside else None
+    return ".".join(path)
 
 
 def _nearest(path: str, model: type[BaseModel]) -> str:

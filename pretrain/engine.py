@@ -147,10 +147,10 @@ class Objective(nn.Module):
         """
         hidden, carry = self.model(batch.tokens_BT, carry, masks, batch.starts_BT)
         output_NE, targets_N = hidden.output_BTE.flatten(0, 1), batch.targets_BT.flatten()
-        weight_VE, bias_V = self.model.softmax()  # type: ignore[operator]
+        levels = self.model.softmax()  # type: ignore[operator]
         if share is None:
-            return *heads.score(output_NE, weight_VE, bias_V, targets_N), carry
-        nll = self.head(output_NE, weight_VE, bias_V, targets_N)
+            return *heads.score(output_NE, levels, targets_N), carry
+        nll = heads.nll(self.head, output_NE, levels, targets_N)
         penalty = self.model.penalty(hidden)  # type: ignore[operator]
         return nll * share + penalty, nll.detach(), carry
 

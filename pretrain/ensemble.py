@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from cluster.errors import ConfigError
 from pretrain.models import Carry
+from pretrain.models.output import logits
 from pretrain.run import Trained
 from pretrain.streams import IGNORED, Batch
 
@@ -40,13 +42,13 @@ class Ensemble:
             mine = {name.partition("/")[2]: value for name, value in carry.items() if name.startswith(f"{number}/")}
             hidden, left = model(batch.tokens_BT, mine, None, batch.starts_BT)
             after |= {f"{number}/{name}": value for name, value in left.items()}
-            outputs.append((hidden.output_BTE.flatten(0, 1), *model.softmax()))  # type: ignore[operator]
+            outputs.append((hidden.output_BTE.flatten(0, 1), model.softmax()))  # type: ignore[operator]
         targets_N = batch.targets_BT.flatten()
-        rows = max(CHUNK_ELEMENTS // len(outputs[0][1]), 1)
+        rows = max(CHUNK_ELEMENTS // cast(int, self.models[0].vocab_size), 1)
         nlls, hits = [], []
         for start in range(0, len(targets_N), rows):
             part = slice(start, start + rows)
-            log_probs = [functional.linear(x[part], weight, bias).log_softmax(1) for x, weight, bias in outputs]
+            log_probs = [logits(output_NE[part], levels).log_softmax(1) for output_NE, levels in outputs]
             mixed_CV = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
             nlls.append(functional.nll_loss(mixed_CV, targets_N[part], ignore_index=IGNORED, reduction="none"))
             hits.append(mixed_CV.argmax(1) == targets_N[part])

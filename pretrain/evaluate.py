@@ -112,19 +112,25 @@ def streams_of(split: Split, data: StreamConfig) -> Streams:
 
 
 class EvaluateRecipe(config.Section):
-    """`./launch.sh evaluate RUN [RUN…] [split=test]`."""
+    """`./launch.sh evaluate RUN [RUN…] [split=test] [bptt=64] [model.memory=640 model.same_length=true]`."""
 
     split: str = "valid"
     corpus: str | None = Field(None, description="shard directory; the one the run was trained on if not given")
+    bptt: int | None = Field(None, ge=1, description="positions read at a time; as in training if not given")
+    model: dict[str, Any] = Field({}, description="changes to the model that leave its weights as they are")
 
 
-def evaluated(runs: Sequence[Trained], name: str, corpus_url: str | None) -> tuple[Evaluation, Split]:
-    """Scores of a run, or of several mixed, on the split `name` of a corpus (of the first run's own, if None), and the
-    split. Raises ConfigError where they cannot be mixed or the corpus is of another tokenizer.
+def evaluated(
+    runs: Sequence[Trained], name: str, corpus_url: str | None, bptt: int | None = None
+) -> tuple[Evaluation, Split]:
+    """Scores of a run, or of several mixed, on the split `name` of a corpus (of the first run's own, if None), read
+    `bptt` positions at a time, and the split. Raises ConfigError where they cannot be mixed or the corpus is of another
+    tokenizer.
     """
     of_one_kind(runs)
     first = runs[0]
     data = config.validate(StreamConfig, first.recipe["data"], f"{first.run}/recipe.toml: data")
+    data = data.model_copy(update={"bptt": bptt or data.bptt})
     if corpus_url is None and len(data.urls) > 1:
         raise ConfigError(f"{first.run}: was trained on several corpora; give corpus=, one of {', '.join(data.urls)}")
     corpus = Corpus.open(corpus_url or data.urls[0])
@@ -142,17 +148,20 @@ def evaluated(runs: Sequence[Trained], name: str, corpus_url: str | None) -> tup
 
 def main(args: list[str]) -> None:
     """Verb `evaluate`: prints the scores of a run's newest checkpoint, or of several runs mixed in probability, and
-    keeps them in `RUN/evaluation-SPLIT.json`, of several in `RUN/evaluation-SPLIT-ensemble.json` of the first.
+    keeps them in `RUN/evaluation-SPLIT.json`, of several in `RUN/evaluation-SPLIT-ensemble.json` of the first. What was
+    done otherwise than in training is in the file's name.
     """
     places = list(dict.fromkeys(word.rstrip("/") or word for word in args if "=" not in word))
     recipe = config.load(EvaluateRecipe, [word for word in args if "=" in word], None)
     if not places:
         raise ConfigError("evaluate needs a run directory: ./launch.sh evaluate RUN [RUN…]")
-    runs = [load_trained(place) for place in places]
-    scores, _ = evaluated(runs, recipe.split, recipe.corpus)
+    runs = [load_trained(place, recipe.model) for place in places]
+    scores, _ = evaluated(runs, recipe.split, recipe.corpus, recipe.bptt)
     many = len(runs) > 1
     steps: dict[str, Any] = {"runs": {run.run: run.step for run in runs}} if many else {"step": runs[0].step}
-    kept = f"evaluation-{recipe.split}{'-ensemble' if many else ''}.json"
+    otherwise = recipe.model | ({"bptt": recipe.bptt} if recipe.bptt else {})
+    marks = [recipe.split, *(["ensemble"] if many else []), *(f"{key}={otherwise[key]}" for key in sorted(otherwise))]
+    kept = f"evaluation-{'-'.join(marks)}.json"
     storage.write_json(storage.join(places[0], kept), steps | asdict(scores))
     rows = [
         ("perplexity (a token)", f"{scores.perplexity:.2f}"),

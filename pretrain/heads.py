@@ -7,7 +7,7 @@ positions whose target is IGNORED count nothing.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.errors import ConfigError
+from pretrain.models.output import Level, logits
 from pretrain.streams import IGNORED
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -97,12 +98,28 @@ def liger(output_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tenso
 HEADS: dict[str, Head] = {"chunked": chunked, "dense": dense, "liger": liger}
 
 
-def score(output_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def nll(head: Head, output_NE: Tensor, levels: Sequence[Level], targets_N: Tensor) -> Tensor:
+    """Sum over targets of the negative log-likelihood by a softmax of one or more levels, in nats."""
+    first, *others = levels
+    if not others:
+        return head(first.given(output_NE), first.weight_VE, first.bias_V, targets_N)
+    edge = begin = len(first.weight_VE) - len(others)
+    of_first_N, total = targets_N, output_NE.new_zeros(())
+    for place, level in enumerate(others):
+        edge, begin = begin, begin + len(level.weight_VE)
+        inside_N = (targets_N >= edge) & (targets_N < begin)
+        of_first_N = torch.where(inside_N, len(first.weight_VE) - len(others) + place, of_first_N)
+        rows = inside_N.nonzero().squeeze(1)
+        total = total + head(level.given(output_NE[rows]), level.weight_VE, level.bias_V, targets_N[rows] - edge)
+    return total + head(first.given(output_NE), first.weight_VE, first.bias_V, of_first_N)
+
+
+def score(output_NE: Tensor, levels: Sequence[Level], targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """(nll of every target in nats [N], 0 where it is IGNORED; whether it was the most likely token [N])."""
     nlls, hits = [], []
-    rows = _rows(output_NE, len(weight_VE))
+    rows = _rows(output_NE, sum(len(level.weight_VE) for level in levels))
     for output_CE, targets_C in zip(output_NE.split(rows), targets_N.split(rows), strict=True):
-        logits_CV = functional.linear(output_CE, weight_VE, bias_V)
+        logits_CV = logits(output_CE, levels)
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         nlls.append(functional.cross_entropy(logits_CV, targets_C, ignore_index=IGNORED, reduction="none"))
         hits.append(logits_CV.argmax(1) == targets_C)

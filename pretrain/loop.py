@@ -273,9 +273,8 @@ class _Clock:
             name = torch.cuda.get_device_name(self._device)
             peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in name), None)
             if peak is not None:
-                parameters = sum(parameter.numel() for parameter in self._training.engine.model.parameters())
-                # Two operations a weight forward, four backward; the tied embedding counts once, as softmax.
-                numbers["mfu"] = 6 * parameters * rate / (peak * self._training.workers.world)
+                flops = self._training.engine.model.flops(self._training.recipe.data.bptt)  # type: ignore[operator]
+                numbers["mfu"] = flops * rate / (peak * self._training.workers.world)
         else:
             numbers["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return numbers

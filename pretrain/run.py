@@ -163,8 +163,10 @@ class Trained:
         return clean(text, self.clean)
 
 
-def load_trained(run: str) -> Trained:
-    """The newest checkpoint of a run directory. Raises ConfigError where there is none."""
+def load_trained(run: str, changes: dict[str, Any] | None = None) -> Trained:
+    """The newest checkpoint of a run directory, with `changes` to what its model does without weights (memory …).
+    Raises ConfigError where there is none, or the weights do not fit.
+    """
     if not storage.exists(storage.join(run, "run.json")):
         raise ConfigError(f"{run}: is not a run directory; run ./launch.sh pretrain first or check the path")
     about = storage.read_json(storage.join(run, "run.json"))
@@ -182,6 +184,13 @@ def load_trained(run: str) -> Trained:
         stored.confirm(Plain(model), tokenizer.vocab_size, "fp32")
         for name, parameter in model.named_parameters():
             parameter.data.copy_(stored.weights(name))
+    if changes:
+        given = config.validate(kind.Config, recipe["model"] | changes, f"{run}: model")
+        other = kind(given, tokenizer.vocab_size)
+        if {n: p.shape for n, p in other.named_parameters()} != {n: p.shape for n, p in model.named_parameters()}:
+            raise ConfigError(f"{run}: its weights do not fit {', '.join(f'model.{key}' for key in changes)}")
+        other.load_state_dict(model.state_dict())
+        model = other
     return Trained(
         run=run,
         step=stored.state.step,

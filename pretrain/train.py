@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,7 @@ from pretrain import run as run_directory
 from pretrain.engine import EngineConfig, Workers
 from pretrain.loop import Training
 from pretrain.models.awd_lstm import AwdLstmConfig
+from pretrain.models.transformer_xl import TransformerXlConfig
 from pretrain.optim import OptimConfig
 from pretrain.streams import Mixture, StreamConfig, Streams, lanes_of, open_streams
 
@@ -48,7 +49,7 @@ class TrainRecipe(config.Section):
     epochs: float | None = Field(None, gt=0, description="how often the corpus is read; this or `steps`")
     steps: int | None = Field(None, ge=1)
     data: StreamConfig
-    model: AwdLstmConfig = AwdLstmConfig()
+    model: Annotated[AwdLstmConfig | TransformerXlConfig, Field(discriminator="name")] = AwdLstmConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -61,6 +62,13 @@ class TrainRecipe(config.Section):
     keep_every: int | None = Field(None, ge=1, description="steps; checkpoints at their multiples stay for good")
     init_from: str | None = Field(None, description="run directory whose newest weights a new run begins with")
     spikes: Literal["report", "skip"] = Field("report", description="losses 6 σ above the last 128")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_has_a_name(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(values.get("model"), dict):
+            values = values | {"model": {"name": "awd-lstm"} | values["model"]}
+        return values
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainRecipe:

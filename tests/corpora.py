@@ -15,7 +15,10 @@ from sharding.schema import FORMAT_VERSION
 from sharding.tokenizer import Tokenizer, TokenizerConfig, train
 
 # Sizes for tests, by model: a line in MODELS needs one here, and is then in every proof.
-SMALL_MODELS = {"awd-lstm": {"embedding": 12, "hidden": 16, "layers": 2}}
+SMALL_MODELS = {
+    "awd-lstm": {"embedding": 12, "hidden": 16, "layers": 2},
+    "transformer-xl": {"width": 12, "layers": 2, "heads": 2, "head_width": 6, "inner": 16, "memory": 9},
+}
 
 WORDS = (
     "patient denies chest pain shortness of breath fever admitted for heart failure exacerbation given lasix "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -25,6 +25,7 @@ from torch.nn import functional
 from cluster.config import Section
 from pretrain.models.carry import Carry, Pieces, forgotten
 from pretrain.models.dropout import Masks
+from pretrain.models.output import Hidden, Level, logits
 
 PRESETS: dict[str, dict[str, int]] = {
     "awd-small": {"embedding": 128, "hidden": 256, "layers": 3},  # for a CPU
@@ -56,13 +57,6 @@ class AwdLstmConfig(Section):
     @classmethod
     def _preset(cls, values: dict[str, Any]) -> dict[str, Any]:
         return PRESETS.get(str(values.get("preset")), {}) | values
-
-
-class Hidden(NamedTuple):
-    """What the top layer says: after output dropout (for the softmax) and before it (for TAR, pooling)."""
-
-    output_BTE: Tensor
-    raw_BTE: Tensor
 
 
 class _Together(torch.autograd.Function):
@@ -174,13 +168,13 @@ class AwdLstm(nn.Module):
             x_BTD = _dropped(x_BTD, masks.per_lane("output", config.drop_output, self.width))
         return Hidden(x_BTD, raw_BTE), after
 
-    def softmax(self) -> tuple[Tensor, Tensor]:
-        """(weight [V, E], bias [V]) that a loss head makes logits with; the weight is the embedding's."""
-        return self.embedding.weight, self.bias
+    def softmax(self) -> list[Level]:
+        """What a loss head makes logits with; the weight is the embedding's."""
+        return [Level(self.embedding.weight, self.bias)]
 
     def logits(self, output_BTE: Tensor) -> Tensor:
         """Scores of the next token [B, T, V]."""
-        return functional.linear(output_BTE, *self.softmax())
+        return logits(output_BTE, self.softmax())
 
     def penalty(self, hidden: Hidden) -> Tensor:
         """AR + TAR (§4.3): alpha·mean(output²) + beta·mean((h_t − h_{t−1})²); part of the objective, not of the nll."""
@@ -189,6 +183,12 @@ class AwdLstm(nn.Module):
         if hidden.raw_BTE.shape[1] > 1:
             penalty = penalty + self.config.beta * hidden.raw_BTE.to(exact).diff(dim=1).pow(2).mean()
         return penalty
+
+    def flops(self, length: int) -> float:
+        """Floating-point operations of a training step a token: a weight takes two forward and four backward; the tied
+        embedding counts once, as softmax.
+        """
+        return 6.0 * sum(parameter.numel() for parameter in self.parameters())
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """Parameters from the bottom (embedding, tied softmax) to the top layer, for discriminative learning rates."""

@@ -2,13 +2,16 @@
 
 No generator is kept, so nothing has to be saved for a resume to be exact, and a lane draws the same mask on whichever
 worker it is. Bits come from NumPy's counter-based Philox (Salmon et al. 2011), one byte an element: probabilities are
-multiples of 1/256, and masks are scaled by the exact rate that is kept.
+multiples of 1/256, and masks are scaled by the exact rate that is kept. Where every element of an activation has its
+own bit (`dropped`), that would be too many to bring to a GPU: there they are made where they are used, by SplitMix64
+(Steele et al. 2014), the same on every device.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +37,7 @@ class Masks:
 
     def shared(self, name: str, p: float, shape: tuple[int, ...]) -> Tensor | None:
         """Scaled mask [*shape], the same on every worker (weights, embedding rows); None where nothing drops."""
-        threshold = self._threshold(p)
+        threshold = self.threshold(p)
         if threshold == 0:
             return None
         if name not in self._made:
@@ -44,19 +47,97 @@ class Masks:
 
     def per_lane(self, name: str, p: float, width: int) -> Tensor | None:
         """Scaled mask [lanes, 1, width], constant over time (locked dropout, Merity et al. 2017 §4.2)."""
-        threshold = self._threshold(p)
+        threshold = self.threshold(p)
         if threshold == 0:
             return None
         kept = np.stack([self._bytes(f"{name}/{lane}", width) >= threshold for lane in self.lanes])
         return self._scaled(kept[:, None, :], threshold)
 
-    def _threshold(self, p: float) -> int:
+    def keys(self, names: Sequence[str]) -> Tensor:
+        """A key for `dropped` for every name and lane, int64 [names, lanes]."""
+        numbers = [int.from_bytes(self._key(f"{name}/{lane}")[:8]) for name in names for lane in self.lanes]
+        keys = np.array(numbers, np.uint64).view(np.int64).reshape(len(names), len(self.lanes))
+        return torch.from_numpy(keys).to(self.device)
+
+    def shared_key(self, name: str) -> Tensor:
+        """A key for `dropped` that is the same on every worker, int64 [1]."""
+        return torch.from_numpy(np.frombuffer(self._key(name)[:8], ">i8").astype(np.int64)).to(self.device)
+
+    def threshold(self, p: float) -> int:
+        """Bytes below it drop their element, for a probability `p`."""
         return min(255, round(256 * p * self.scale))
 
+    def _key(self, name: str) -> bytes:
+        return hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=16).digest()
+
     def _bytes(self, name: str, count: int) -> np.ndarray:
-        key = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=16).digest()
-        bits = np.random.Philox(key=np.frombuffer(key, np.uint64))
+        bits = np.random.Philox(key=np.frombuffer(self._key(name), np.uint64))
         return bits.random_raw(-(-count // 8)).view(np.uint8)[:count]
 
     def _scaled(self, kept: np.ndarray, threshold: int) -> Tensor:
         return torch.from_numpy(kept).to(self.device).float().mul_(256 / (256 - threshold))
+
+
+_GAMMA, _MIX1, _MIX2 = (
+    constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def _splitmix(keys_B: Tensor, count: int) -> Tensor:
+    """`count` numbers of 64 bits for every key, int64 [B, count]."""
+    z = torch.arange(1, count + 1, device=keys_B.device).mul_(_GAMMA) + keys_B[:, None]
+    for shift, factor in ((30, _MIX1), (27, _MIX2)):
+        z ^= (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # `>>` repeats the sign
+        z *= factor
+    z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
+    return z
+
+
+def _kept(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
+    """Whether each element stays, bool [B, T, D]."""
+    size = x_BTD[0].numel()
+    return (_splitmix(keys_B, -(-size // 8)).view(torch.uint8)[:, :size] >= threshold).reshape(x_BTD.shape)
+
+
+class _Dropped(torch.autograd.Function):
+    """One byte an element is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
+        kept = _kept(x_BTD, keys_B, threshold)
+        ctx.save_for_backward(kept)
+        ctx.scale = 256 / (256 - threshold)
+        return torch.ops.aten.native_dropout_backward(x_BTD, kept, ctx.scale)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        return torch.ops.aten.native_dropout_backward(gradients[0], kept, ctx.scale), None, None
+
+
+class _ReluDropped(torch.autograd.Function):
+    """In place; what comes out is positive just where the gradient passes, so nothing else is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
+        ctx.scale = 256 / (256 - threshold)
+        x_BTD.relu_().mul_(_kept(x_BTD, keys_B, threshold)).mul_(ctx.scale)
+        ctx.mark_dirty(x_BTD)
+        ctx.save_for_backward(x_BTD)
+        return x_BTD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradients[0], output, 0).mul_(ctx.scale), None, None
+
+
+def dropped(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
+    """`x` with every element dropped or scaled by itself, by `Masks.keys` and `Masks.threshold`."""
+    return x_BTD if threshold == 0 else _Dropped.apply(x_BTD, keys_B, threshold)  # type: ignore[no-any-return]
+
+
+def relu_dropped(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
+    """dropped(relu(x)), written over `x`, which nothing else may need."""
+    relu_dropped: Tensor = _ReluDropped.apply(x_BTD, keys_B, threshold)
+    return relu_dropped

@@ -177,6 +177,7 @@ def with_nan(
     torch.set_num_threads(1)
     from pretrain.models.awd_lstm import AwdLstm
     from pretrain.models.dropout import Masks
+    from pretrain.models.output import Level
 
     at = {"step": -1}
     left = dict.fromkeys(bad_steps, times)
@@ -190,7 +191,8 @@ def with_nan(
         broken = self.training and left.get(at["step"], 0) > 0
         if broken:
             left[at["step"]] -= 1
-        return tuple(part * (factor if broken else 1.0) for part in wanted(self))
+        by = factor if broken else 1.0
+        return [Level(weight * by, bias * by) for weight, bias, _ in wanted(self)]
 
     Masks.__init__ = init  # type: ignore[method-assign,assignment]
     AwdLstm.softmax = softmax  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain import generate as generating
 from pretrain.generate import GenerateRecipe, generate, likely
-from pretrain.models.awd_lstm import Hidden
+from pretrain.models.output import Hidden
 from sharding.clean import CleanConfig
 from sharding.splits import SplitConfig
 

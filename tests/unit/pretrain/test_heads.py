@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from cluster.errors import ConfigError
 from pretrain import heads
+from pretrain.models.output import Level
 from pretrain.streams import IGNORED
 
 N, E, V = 50, 7, 31
@@ -53,7 +54,7 @@ def test_scores_are_of_each_target_and_ignored_ones_are_zero(monkeypatch: pytest
     tensors, targets = problem(torch.float32)
     output, weight, bias = tensors
     with torch.no_grad():
-        nll_N, hits_N = heads.score(output, weight, bias, targets)
+        nll_N, hits_N = heads.score(output, [Level(weight, bias)], targets)
         logits = functional.linear(output, weight, bias)
     torch.testing.assert_close(nll_N.sum(), heads.dense(output, weight, bias, targets).detach())
     assert nll_N[3] == nll_N[-1] == 0
