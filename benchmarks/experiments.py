@@ -86,7 +86,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for (experiment, _), score in zip(runs, scores, strict=True):
         found.setdefault(experiment.name, []).append(score)
-    headings = ("experiment", "bits/byte", "lowest", "highest", "accuracy", "unknown words", "CPU seconds")
+    headings = ("experiment", "bits/byte", "lowest", "highest", "accuracy", "unknown", "CPU s")
     logs.table(f"mtsamples, {options.seeds} seeds, {options.epochs:g} epochs", headings, _rows(found))
     print(json.dumps({"bits_per_byte": {name: _mean(scores, "bits_per_byte") for name, scores in found.items()}}))
 

@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/transformer_xl.py --peer-dir DIR [rounds=3] [steps=4] [key=value…]
 
 DIR is a checkout of kimiyoung/transformer-xl; its masks are made bool, as today's PyTorch refuses bytes, and nothing
-else is changed. Both train the published base model (16 layers of 410, dropout 0.1; other sizes by key) with
-the plain tied softmax, at segments and memories of 128 and of 512, on the same token ids, on all cores. The original
-takes the steps of its `train.py`: forward, backward, clipping, Adam. chartlm takes those of its loop: masks,
-DeepSpeed's engine at ZeRO-1, clipping, AdamW; on a CPU with glibc told to keep freed memory, as its workers do.
+else is changed. Both train the published base model (16 layers of 410, dropout 0.1; other sizes by key) with the plain
+tied softmax, at segments and memories of 128 and of 512, on the same token ids, `tokens` a step, on all cores. The
+original takes the steps of its `train.py`: forward, backward, clipping, Adam. chartlm takes those of its loop: masks,
+DeepSpeed's engine at ZeRO-0 (bf16: 1), clipping, AdamW; on a CPU glibc keeps freed memory, as for its workers.
 
 Every side trains in a process of its own, in turns; the first step warms up. First both get the same weights and must
 find the same loss on two segments without dropout. Ratios are medians over rounds; memory is the peak of the process.
@@ -41,7 +41,7 @@ from pretrain.models.dropout import Masks  # noqa: E402
 from pretrain.models.transformer_xl import TransformerXl, TransformerXlConfig  # noqa: E402
 from pretrain.streams import Batch  # noqa: E402
 
-DEFAULTS: dict[str, Any] = {"rounds": 3, "steps": 4, "lanes": 4, "vocab": 32_000, "preset": "xl-base", "layers": 0}
+DEFAULTS: dict[str, Any] = {"rounds": 3, "steps": 4, "tokens": 4096, "vocab": 32_000, "preset": "xl-base", "layers": 0}
 LENGTHS = (128, 512)
 DROP = 0.1
 
@@ -51,10 +51,14 @@ def config_of(given: dict[str, Any], length: int, **changes: Any) -> Transformer
     return TransformerXlConfig(**sizes | ({"layers": given["layers"]} if given["layers"] else {}))
 
 
+def lanes_of(given: dict[str, Any], length: int) -> int:
+    return max(int(given["tokens"]) // length, 1)
+
+
 def text_of(given: dict[str, Any], length: int, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and targets [lanes, length]."""
     made = torch.Generator().manual_seed(step)
-    tokens = torch.randint(given["vocab"], (given["lanes"], length + 1), generator=made).to(device)
+    tokens = torch.randint(given["vocab"], (lanes_of(given, length), length + 1), generator=made).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -96,7 +100,7 @@ def hand_over(ours: TransformerXl, theirs: Any) -> None:
 
 def check(place: str, given: dict[str, Any]) -> float:
     """Largest relative difference of the two losses of two segments, in fp64, of a model of two layers."""
-    small = given | {"lanes": 2, "vocab": 500}
+    small = given | {"tokens": 48, "vocab": 500}
     config = config_of(small, 24, layers=2, init_std=0.1)
     ours, theirs = TransformerXl(config, 500).double(), original(place, small, config, 24).double()
     hand_over(ours, theirs)
@@ -115,9 +119,10 @@ def check(place: str, given: dict[str, Any]) -> float:
 def ours_steps(given: dict[str, Any], length: int, precision: str) -> Callable[[int], None]:
     workers = Workers(600)
     torch.manual_seed(1)
-    told, lanes = optim.OptimConfig(schedule="cosine", lr=2.5e-4), range(given["lanes"])
+    told, lanes = optim.OptimConfig(schedule="cosine", lr=2.5e-4), range(lanes_of(given, length))
     model = TransformerXl(config_of(given, length), given["vocab"])
-    settings = EngineConfig(zero_stage=1, precision=precision, timeout_seconds=600)
+    stage = 0 if precision == "fp32" else 1  # one worker has nobody to share with, but bf16 needs the fp32 weights
+    settings = EngineConfig(zero_stage=stage, precision=precision, timeout_seconds=600)
     engine = Engine(model, lambda m: optim.build(m, told), settings, workers, len(lanes), 0.25)
     carry = engine.initial_carry(len(lanes))
 
@@ -167,12 +172,10 @@ def side(name: str, place: str, given: dict[str, Any], length: int) -> dict[str,
         if on_gpu:
             torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    )
-    return {"tokens_per_s": given["steps"] * given["lanes"] * length / seconds, "peak_mib": peak / 2**20}
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mib = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else kib / 2**10
+    rate = given["steps"] * lanes_of(given, length) * length / seconds
+    return {"tokens_per_s": rate, "peak_mib": peak_mib}
 
 
 def fast_bf16() -> bool:

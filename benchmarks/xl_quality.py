@@ -1,6 +1,6 @@
 """How well Transformer-XL learns in the same time as AWD-LSTM, on the same text, vocabulary, cores and parameters.
 
-    .venv/bin/python benchmarks/xl_quality.py corpus=SHARDS [seeds=3] [seconds=90] [key=value…]
+    .venv/bin/python benchmarks/xl_quality.py corpus=SHARDS [seeds=3] [seconds=60] [key=value…]
 
 Every side trains `seconds` of wall-clock: as many steps as it can do in them, by its speed in a trial of some steps,
 under its own schedule (AWD-LSTM one-cycle, Transformer-XL a cosine after a warm-up) with the learning rates given. All
@@ -33,8 +33,8 @@ from pretrain.models.transformer_xl import TransformerXlConfig  # noqa: E402
 from pretrain.streams import StreamConfig  # noqa: E402
 from sharding.shards import Corpus  # noqa: E402
 
-DEFAULTS: dict[str, Any] = {"corpus": "", "seeds": 3, "seconds": 90.0, "lanes": 32, "bptt": 64, "awd_lr": 5e-3}
-DEFAULTS |= {"relative_lr": 2e-3, "rotary_lr": 2e-3, "only": ""}
+DEFAULTS: dict[str, Any] = {"corpus": "", "seeds": 3, "seconds": 60.0, "lanes": 32, "bptt": 64, "awd_lr": 5e-3}
+DEFAULTS |= {"relative_lr": 7e-3, "rotary_lr": 7e-3, "only": ""}
 TRIAL_STEPS = 10
 
 

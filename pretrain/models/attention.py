@@ -5,13 +5,12 @@ time, the newest last: query i of the segment stands at place M + i.
 
 The relative form (Dai et al. 2019, arXiv:1901.02860 §3.3) scores key j for query i with
     (q_i + u)·k_j + (q_i + v)·r_{i−j}.
-The second term is one product of queries with all K distances; as row i of it wants to be read from place T−1−i on,
-the shift is a view with one stride less (`_shifted`), not a copy.
+The second term is one product of queries with all K distances, of which row i is wanted from place T−1−i on. That shift
+is a matter of strides, not of copies: see `_Shift` and `_skewed`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 from pretrain.models.dropout import dropped
 
 # Scores of a chunk on a CPU: what stays within its caches; and queries that share the keys they may see.
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 21
 CHUNK_QUERIES = 128
 
 
@@ -68,45 +67,37 @@ def rotated(x_BLHE: Tensor, first: int) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def _shifted(scores_HTK: Tensor) -> Tensor:
-    """The view in which column j of row i is column j + T−1−i. Where that is beyond the row's end (keys of the
-    future), it is a number of the next row.
-    """
-    *heads, length, keys = scores_HTK.shape
-    *strides, row, column = scores_HTK.stride()
-    return scores_HTK.as_strided(
-        (*heads, length, keys), (*strides, row - column, column), scores_HTK.storage_offset() + (length - 1) * column
-    )
-
-
-def _unshifted(into_HTK: Tensor, gradient_HTK: Tensor) -> None:
-    """The gradient of the scores before `_shifted`, written over `into_HTK`; that of keys of the future must be 0."""
-    into_HTK.zero_()
-    view = _shifted(into_HTK)
-    # The last column of a row lies where the next row begins; it is of the future, but for the last row.
-    view[..., :-1].copy_(gradient_HTK[..., :-1])
-    view[..., -1, -1].copy_(gradient_HTK[..., -1, -1])
-
-
 class _Shift(torch.autograd.Function):
+    """Column j of row i becomes column j + T−1−i; beyond the row, of the future, it is a number of the next row."""
+
     @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        return _shifted(scores.contiguous()).clone()
+    def forward(ctx: Any, scores_BHTK: Tensor) -> Tensor:
+        return _Shift.view(scores_BHTK.contiguous()).clone()
+
+    @staticmethod
+    def view(scores_BHTK: Tensor) -> Tensor:
+        """With one stride less a row."""
+        *strides, row, column = scores_BHTK.stride()
+        return scores_BHTK.as_strided(
+            scores_BHTK.shape, (*strides, row - column, column), (scores_BHTK.shape[-2] - 1) * column
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        before = torch.empty_like(gradients[0], memory_format=torch.contiguous_format)
-        _unshifted(before, gradients[0])
+        before = torch.zeros_like(gradients[0], memory_format=torch.contiguous_format)
+        view = _Shift.view(before)
+        # The last column of a row lies where the next row begins; it is of the future, but for the last row.
+        view[..., :-1].copy_(gradients[0][..., :-1])
+        view[..., -1, -1].copy_(gradients[0][..., -1, -1])
         return before
 
 
 class _Relative(torch.autograd.Function):
     """Relative attention of some queries and heads of a lane at a time, over the keys up to the last of these queries.
-    Scores are made again in the backward, so memory never holds more of them than a chunk: on a CPU faster than the
-    whole of them at once, and B·H·T·K numbers a layer less.
+    Scores are made again in the backward, so memory never holds more of them than a chunk.
 
     Queries are scaled. Shapes: content and position [B, T, H, E], keys and values [B, K, H, E], distances [K, H, E],
-    bias [B, T, K].
+    bias [B, T, K], which hides at least the future.
     """
 
     @staticmethod
@@ -114,34 +105,40 @@ class _Relative(torch.autograd.Function):
         ctx: Any, content: Tensor, position: Tensor, keys: Tensor, values: Tensor, distances: Tensor, bias: Tensor
     ) -> Tensor:
         output = torch.empty(content.shape, dtype=content.dtype, device=content.device)
-        for chunk in _chunks(content, keys, 2):
-            weights = chunk.weights(content, position, keys, distances, bias)
-            chunk.queries(output).copy_(torch.bmm(weights, chunk.keys(values)))
-        ctx.save_for_backward(content, position, keys, values, distances, bias, output)
+        log_sums = content.new_empty(*content.shape[:3], 1)
+        for chunk in _chunks(content, keys, 1):
+            scores = chunk.scores(chunk.queries(content), chunk.keys(keys), position, distances, bias)
+            most = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(most).exp_()
+            sums = weights.sum(-1, keepdim=True)
+            chunk.queries(log_sums).copy_(most + sums.log())
+            chunk.queries(output).copy_(torch.bmm(weights, chunk.keys(values)) / sums)
+        ctx.save_for_backward(content, position, keys, values, distances, bias, output, log_sums)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        content, position, keys, values, distances, bias, output = ctx.saved_tensors
+        content, position, keys, values, distances, bias, output, log_sums = ctx.saved_tensors
         d_content, d_position = torch.empty_like(content), torch.empty_like(position)
-        exact = torch.promote_types(distances.dtype, torch.float32)  # sums over chunks are never of less
-        d_keys, d_values, d_distances = (torch.zeros_like(x, dtype=exact) for x in (keys, values, distances))
-        for chunk in _chunks(content, keys, 3):
-            weights = chunk.weights(content, position, keys, distances, bias)
-            d_output = chunk.queries(gradients[0])
-            d_scores = torch.bmm(d_output, chunk.keys(values).transpose(1, 2), out=chunk.buffers[0])
-            d_scores -= (d_output * chunk.queries(output)).sum(-1, keepdim=True)
+        d_keys, d_values, d_distances = (torch.zeros_like(x) for x in (keys, values, distances))
+        # What is to be subtracted from every score of a row goes through the product, as one more column beside ones.
+        content_and = torch.cat([content, -log_sums], -1)
+        d_output_and = torch.cat([gradients[0], -(gradients[0] * output).sum(-1, keepdim=True)], -1)
+        keys_and, values_and = (functional.pad(x, (0, 1), value=1.0) for x in (keys, values))
+        for chunk in _chunks(content, keys, 2):
+            weights = chunk.scores(chunk.queries(content_and), chunk.keys(keys_and), position, distances, bias).exp_()
+            d_scores = chunk.buffers[1]
+            torch.bmm(chunk.queries(d_output_and), chunk.keys(values_and).transpose(1, 2), out=d_scores)
             d_scores *= weights
-            _unshifted(chunk.buffers[2], d_scores)
+            skewed = _skewed(d_scores)
             chunk.queries(d_content).copy_(torch.bmm(d_scores, chunk.keys(keys)))
-            chunk.queries(d_position).copy_(torch.bmm(chunk.buffers[2], chunk.distances(distances)))
+            chunk.queries(d_position).copy_(torch.bmm(skewed, chunk.distances(distances)))
             for total, of_keys, of_queries in (
-                (chunk.keys(d_values), weights, d_output),
+                (chunk.keys(d_values), weights, chunk.queries(gradients[0])),
                 (chunk.keys(d_keys), d_scores, chunk.queries(content)),
-                (chunk.distances(d_distances), chunk.buffers[2], chunk.queries(position)),
+                (chunk.distances(d_distances), skewed, chunk.queries(position)),
             ):
                 total += torch.bmm(of_keys.transpose(1, 2), of_queries)
-        d_keys, d_values, d_distances = (x.to(keys.dtype) for x in (d_keys, d_values, d_distances))
         return d_content, d_position, d_keys, d_values, d_distances, None
 
 
@@ -166,31 +163,45 @@ class _Chunk(NamedTuple):
         """A view [heads, seen, E], of the nearest."""
         return x_KHE[len(x_KHE) - self.seen :, self.heads].transpose(0, 1)
 
-    def weights(self, content: Tensor, position: Tensor, keys: Tensor, distances: Tensor, bias: Tensor) -> Tensor:
-        """softmax of the scores, in buffer 1; buffer 0 is overwritten."""
-        scores, other = self.buffers[:2]
-        added = bias[self.lane, self.rows, : self.seen].expand_as(scores)
-        torch.baddbmm(added, self.queries(content), self.keys(keys).transpose(1, 2), out=scores)
-        scores += _shifted(torch.bmm(self.queries(position), self.distances(distances).transpose(1, 2), out=other))
-        if scores.dtype == torch.bfloat16:
-            return other.copy_(scores.float().softmax(-1))
-        return torch.softmax(scores, -1, out=other)
+    def scores(self, q: Tensor, k: Tensor, position: Tensor, distances: Tensor, bias: Tensor) -> Tensor:
+        """q·k and the position term, −∞ where the bias is; in buffer 0."""
+        scores = self.buffers[0]
+        scores.copy_(bias[self.lane, self.rows, : self.seen])
+        scores.baddbmm_(q, k.transpose(1, 2))
+        # Adds what is before a row's beginning to the future of the row before, which is −∞ and stays so.
+        _skewed(scores).baddbmm_(self.queries(position), self.distances(distances).transpose(1, 2))
+        return scores
+
+
+def _skewed(scores_HTK: Tensor) -> Tensor:
+    """The view in which column j + T−1−i of row i is column j: of scores by key, those by distance. Its first columns
+    are those of the future of the row before, and for the first row numbers before its head's, see `_chunks`.
+    """
+    _, length, _ = scores_HTK.shape
+    of_head, row, column = scores_HTK.stride()
+    place = scores_HTK.storage_offset() - (length - 1)
+    return scores_HTK.as_strided(scores_HTK.shape, (of_head, row + 1, column), place)
 
 
 def _chunks(queries_BTHE: Tensor, keys_BKHE: Tensor, buffers: int) -> Iterator[_Chunk]:
-    """All of a segment."""
+    """All of a segment. Before every head's scores in a buffer there are as many zeros as it has rows."""
     lanes, length, heads, _ = queries_BTHE.shape
     memory = keys_BKHE.shape[1] - length
-    rows = min(length, CHUNK_QUERIES)
-    at_once = min(max(CHUNK_ELEMENTS // (rows * keys_BKHE.shape[1]), 1), heads)
-    scratch = queries_BTHE.new_empty(buffers, at_once * rows * keys_BKHE.shape[1])
-    for lane in range(lanes):
-        for head in range(0, heads, at_once):
-            for begin in range(0, length, rows):
-                end = min(begin + rows, length)
-                shape = (min(at_once, heads - head), end - begin, memory + end)
-                pieces = [flat[: math.prod(shape)].view(shape) for flat in scratch]
-                yield _Chunk(lane, slice(head, head + shape[0]), slice(begin, end), memory + end, pieces)
+    most = min(length, CHUNK_QUERIES)
+    at_once = min(max(CHUNK_ELEMENTS // (most * keys_BKHE.shape[1]), 1), heads)
+    scratch = queries_BTHE.new_empty(buffers, at_once * most * (keys_BKHE.shape[1] + 1))
+    for begin in range(0, length, most):
+        end = min(begin + most, length)
+        rows, seen = end - begin, memory + end
+        scratch.zero_()
+        for lane in range(lanes):
+            for head in range(0, heads, at_once):
+                some = min(at_once, heads - head)
+                pieces = [
+                    flat.as_strided((some, rows, seen), (rows * (seen + 1), seen, 1), flat.storage_offset() + rows)
+                    for flat in scratch
+                ]
+                yield _Chunk(lane, slice(head, head + some), slice(begin, end), seen, pieces)
 
 
 def relative(
@@ -207,9 +218,13 @@ def relative(
     """
     scale = content_BTHE.shape[-1] ** -0.5
     content_BTHE, position_BTHE = content_BTHE * scale, position_BTHE * scale
-    if content_BTHE.device.type == "cpu" and drop is None:
-        output: Tensor = _Relative.apply(content_BTHE, position_BTHE, keys_BKHE, values_BKHE, distances_KHE, bias_BTK)
-        return output
+    # A CPU has its caches full of more scores than that; fewer are faster at once.
+    many = bias_BTK.numel() * content_BTHE.shape[2] > CHUNK_ELEMENTS
+    if many and content_BTHE.device.type == "cpu" and drop is None:
+        given = (content_BTHE, position_BTHE, keys_BKHE, values_BKHE, distances_KHE, bias_BTK)
+        exact = torch.promote_types(content_BTHE.dtype, torch.float32)
+        output: Tensor = _Relative.apply(*(x.to(exact) for x in given))
+        return output.to(content_BTHE.dtype)
     return biased(content_BTHE, position_BTHE, keys_BKHE, values_BKHE, distances_KHE, bias_BTK, drop)
 
 

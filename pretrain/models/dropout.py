@@ -94,37 +94,37 @@ def _splitmix(keys_B: Tensor, count: int) -> Tensor:
 
 
 def _kept(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
-    """Whether each element stays, bool [B, T, D]."""
+    """1 for each element that stays, else 0 [B, T, D]. Compared as floats: vectorized everywhere, as bytes are not."""
     size = x_BTD[0].numel()
-    return (_splitmix(keys_B, -(-size // 8)).view(torch.uint8)[:, :size] >= threshold).reshape(x_BTD.shape)
+    numbers = _splitmix(keys_B, -(-size // 8)).view(torch.uint8)[:, :size]
+    return numbers.to(x_BTD.dtype).ge_(threshold).reshape(x_BTD.shape)
 
 
 class _Dropped(torch.autograd.Function):
-    """One byte an element is kept for the backward."""
+    """The mask is made again in the backward; nothing is kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
-        kept = _kept(x_BTD, keys_B, threshold)
-        ctx.save_for_backward(kept)
-        ctx.scale = 256 / (256 - threshold)
-        return torch.ops.aten.native_dropout_backward(x_BTD, kept, ctx.scale)  # type: ignore[no-any-return]
+        ctx.save_for_backward(keys_B)
+        ctx.threshold = threshold
+        return _kept(x_BTD, keys_B, threshold).mul_(x_BTD).mul_(256 / (256 - threshold))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(gradients[0], kept, ctx.scale), None, None
+        (keys_B,) = ctx.saved_tensors
+        kept = _kept(gradients[0], keys_B, ctx.threshold)
+        return kept.mul_(gradients[0]).mul_(256 / (256 - ctx.threshold)), None, None
 
 
 class _ReluDropped(torch.autograd.Function):
-    """In place; what comes out is positive just where the gradient passes, so nothing else is kept."""
+    """What comes out is positive just where the gradient passes, so nothing else is kept."""
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
         ctx.scale = 256 / (256 - threshold)
-        x_BTD.relu_().mul_(_kept(x_BTD, keys_B, threshold)).mul_(ctx.scale)
-        ctx.mark_dirty(x_BTD)
-        ctx.save_for_backward(x_BTD)
-        return x_BTD
+        output = _kept(x_BTD, keys_B, threshold).mul_(x_BTD).relu_().mul_(ctx.scale)
+        ctx.save_for_backward(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,6 +138,5 @@ def dropped(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
 
 
 def relu_dropped(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
-    """dropped(relu(x)), written over `x`, which nothing else may need."""
-    relu_dropped: Tensor = _ReluDropped.apply(x_BTD, keys_B, threshold)
-    return relu_dropped
+    """dropped(relu(x))."""
+    return _ReluDropped.apply(x_BTD, keys_B, threshold)  # type: ignore[no-any-return]

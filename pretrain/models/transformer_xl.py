@@ -26,16 +26,17 @@ from pretrain.models.carry import Carry, forgotten
 from pretrain.models.dropout import Masks, dropped, relu_dropped
 from pretrain.models.output import AdaptiveEmbedding, Hidden, Level, logits
 
+# As published: WikiText-103's sizes, the norm after the residual, and little initial weights.
+_PUBLISHED = {"norm": "post", "init_std": 0.02}
 PRESETS: dict[str, dict[str, Any]] = {
-    "xl-small": {"width": 128, "layers": 4, "heads": 4, "head_width": 32, "inner": 512, "memory": 64},  # for a CPU
-    # WikiText-103, as published
-    "xl-base": {"width": 410, "layers": 16, "heads": 10, "head_width": 41, "inner": 2100, "memory": 150},
+    "xl-small": {},  # for a CPU: what the keys are where nothing is given
+    "xl-base": _PUBLISHED | {"width": 410, "layers": 16, "heads": 10, "head_width": 41, "inner": 2100, "memory": 150},
     # the same as NVIDIA trains it: widths that fit tensor cores (192 million parameters with 267,735 words)
-    "xl-base-192m": {"width": 512, "layers": 16, "heads": 8, "head_width": 64, "inner": 2048, "memory": 192},
-    "xl-large": {
-        **{"width": 1024, "layers": 18, "heads": 16, "head_width": 64, "inner": 4096, "memory": 384},
-        **{"drop": 0.2, "drop_attention": 0.2, "init_std": 0.005},
-    },
+    "xl-base-192m": _PUBLISHED
+    | {"width": 512, "layers": 16, "heads": 8, "head_width": 64, "inner": 2048, "memory": 192},
+    "xl-large": _PUBLISHED
+    | {"width": 1024, "layers": 18, "heads": 16, "head_width": 64, "inner": 4096, "memory": 384}
+    | {"drop": 0.2, "drop_attention": 0.2, "init_std": 0.005},
 }
 
 
@@ -54,10 +55,10 @@ class TransformerXlConfig(Section):
     clamp: int | None = Field(None, ge=0, description="greater distances count as this one")
     same_length: bool = Field(False, description="every position sees as many: itself and memory - 1 before it")
     share_biases: bool = Field(True, description="one u and v for all layers, as published, or one a layer")
-    norm: Literal["post", "pre"] = "post"
+    norm: Literal["pre", "post"] = Field("pre", description="before attention and feed-forward, or after (published)")
     drop: float = Field(0.1, ge=0, lt=1)
     drop_attention: float = Field(0.0, ge=0, lt=1, description="attention weights; needs memory for all of them")
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(0.08, gt=0, description="of the first weights")
     cutoffs: list[int] = Field([], description="adaptive softmax: first token of every cluster but the first")
     div_val: int = Field(1, ge=1, description="by how much embeddings narrow from cluster to cluster")
     checkpoint_activations: bool = Field(False, description="compute layers again in the backward, to save memory")

@@ -97,15 +97,20 @@ def by_hand(model: TransformerXl, text: torch.Tensor, read_before: list[torch.Te
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"norm": "post"},
         {"norm": "pre", "share_biases": False},
         {"clamp": 3, "checkpoint_activations": True},
         {"same_length": True, "layers": 1},
     ],
     ids=str,
 )
-def test_it_is_the_paper_to_the_last_digits(lanes: int, length: int, memory: int, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("chunk", [0, 1 << 21])
+def test_it_is_the_paper_to_the_last_digits(
+    monkeypatch: pytest.MonkeyPatch, lanes: int, length: int, memory: int, changes: dict[str, Any], chunk: int
+) -> None:
     """Outputs of three segments and every gradient of the last, with and without a memory."""
+    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(attention, "CHUNK_QUERIES", 4)
     if changes.get("same_length") and not memory:
         return
     model = build(memory=memory, **changes)
@@ -133,7 +138,7 @@ def some(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 19])
+@pytest.mark.parametrize("chunk", [1, 40])
 @pytest.mark.parametrize(("lanes", "length", "keys"), [(2, 5, 12), (3, 4, 4), (1, 1, 9), (2, 8, 9)])
 def test_all_ways_to_attend_are_one(
     monkeypatch: pytest.MonkeyPatch, lanes: int, length: int, keys: int, chunk: int
