@@ -6,7 +6,7 @@ time, the newest last: query i of the segment stands at place M + i.
 The relative form (Dai et al. 2019, arXiv:1901.02860 §3.3) scores key j for query i with
     (q_i + u)·k_j + (q_i + v)·r_{i−j}.
 The second term is one product of queries with all K distances, of which row i is wanted from place T−1−i on. That shift
-is a matter of strides, not of copies: see `_Shift` and `_skewed`.
+is a matter of strides: see `_shifted` and `_skewed`.
 """
 
 from __future__ import annotations
@@ -67,29 +67,13 @@ def rotated(x_BLHE: Tensor, first: int) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-class _Shift(torch.autograd.Function):
-    """Column j of row i becomes column j + T−1−i; beyond the row, of the future, it is a number of the next row."""
-
-    @staticmethod
-    def forward(ctx: Any, scores_BHTK: Tensor) -> Tensor:
-        return _Shift.view(scores_BHTK.contiguous()).clone()
-
-    @staticmethod
-    def view(scores_BHTK: Tensor) -> Tensor:
-        """With one stride less a row."""
-        *strides, row, column = scores_BHTK.stride()
-        return scores_BHTK.as_strided(
-            scores_BHTK.shape, (*strides, row - column, column), (scores_BHTK.shape[-2] - 1) * column
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        before = torch.zeros_like(gradients[0], memory_format=torch.contiguous_format)
-        view = _Shift.view(before)
-        # The last column of a row lies where the next row begins; it is of the future, but for the last row.
-        view[..., :-1].copy_(gradients[0][..., :-1])
-        view[..., -1, -1].copy_(gradients[0][..., -1, -1])
-        return before
+def _shifted(scores_BHTK: Tensor) -> Tensor:
+    """Column j of row i becomes column j + T−1−i; beyond the row, of the future, it is what comes next. (The paper's
+    appendix B: one more column, and the rows cut anew.)
+    """
+    lanes, heads, length, keys = scores_BHTK.shape
+    padded = functional.pad(scores_BHTK, (1, 0)).view(lanes, heads, keys + 1, length)
+    return padded[:, :, 1:].reshape(scores_BHTK.shape)
 
 
 class _Relative(torch.autograd.Function):
@@ -239,7 +223,7 @@ def biased(
 ) -> Tensor:
     """The same of scaled queries with the position term as the bias of fused attention: B·H·T·K numbers a layer."""
     q_BHTE, p_BHTE, k_BHKE, v_BHKE = (x.transpose(1, 2) for x in (content_BTHE, position_BTHE, keys_BKHE, values_BKHE))
-    bias_BHTK: Tensor = _Shift.apply(p_BHTE @ distances_KHE.permute(1, 2, 0))
+    bias_BHTK = _shifted(p_BHTE @ distances_KHE.permute(1, 2, 0))
     return _attend(q_BHTE, k_BHKE, v_BHKE, bias_BHTK + bias_BTK[:, None], drop).transpose(1, 2)
 
 

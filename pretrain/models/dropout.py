@@ -132,11 +132,15 @@ class _ReluDropped(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(gradients[0], output, 0).mul_(ctx.scale), None, None
 
 
+# Compiled, the numbers came out otherwise (torch 2.13, CPU).
+_drop, _relu_drop = map(torch.compiler.disable, (_Dropped.apply, _ReluDropped.apply))
+
+
 def dropped(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
     """`x` with every element dropped or scaled by itself, by `Masks.keys` and `Masks.threshold`."""
-    return x_BTD if threshold == 0 else _Dropped.apply(x_BTD, keys_B, threshold)  # type: ignore[no-any-return]
+    return x_BTD if threshold == 0 else _drop(x_BTD, keys_B, threshold)  # type: ignore[no-any-return]
 
 
 def relu_dropped(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
     """dropped(relu(x))."""
-    return _ReluDropped.apply(x_BTD, keys_B, threshold)  # type: ignore[no-any-return]
+    return _relu_drop(x_BTD, keys_B, threshold)  # type: ignore[no-any-return]
