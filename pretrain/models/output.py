@@ -63,6 +63,8 @@ class AdaptiveEmbedding(nn.Module):
         widths = [max(width // div_val**i, 1) for i in range(len(sizes))]
         self.weights = nn.ParameterList(torch.empty(size, wide) for size, wide in zip(sizes, widths, strict=True))
         self.projections = nn.ParameterList(torch.empty(width, wide) for wide in widths if div_val > 1)
+        # As published, the first level's projection is not that of its embedding; all others are tied.
+        self.first_projection = nn.Parameter(torch.empty(width, widths[0])) if div_val > 1 else None
         further = len(sizes) - 1
         self.levels_weight = nn.Parameter(torch.empty(further, widths[0])) if further else None
         self.bias = nn.ParameterList([torch.zeros(sizes[0] + further), *map(torch.zeros, sizes[1:])])
@@ -84,7 +86,7 @@ class AdaptiveEmbedding(nn.Module):
         weights = list(self.weights)
         if self.levels_weight is not None:
             weights[0] = torch.cat([weights[0], self.levels_weight])
-        projections = list(self.projections) or [None] * len(weights)
+        projections = [self.first_projection, *(list(self.projections) or [None] * len(weights))[1:]]
         return [Level(*level) for level in zip(weights, self.bias, projections, strict=True)]
 
     def by_token(self, prefix: str) -> tuple[str, ...]:
