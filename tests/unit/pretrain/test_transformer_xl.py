@@ -345,7 +345,7 @@ def test_sizes_that_do_not_fit_are_named(changes: dict[str, Any], said: str) -> 
 
 
 def test_presets_have_the_published_sizes() -> None:
-    """Parameters with WikiText-103's words, as the code of kimiyoung/transformer-xl counts them with the settings of its
+    """Parameters with WikiText-103's words, as the code of kimiyoung/transformer-xl counts them by the settings of its
     run_wt103_*.sh, and for NVIDIA's as it says, in millions.
     """
 
