@@ -6,11 +6,11 @@ PYTHON has chartlm's packages and fastai 2.8.12 (pip install --no-deps, for it a
 fastcore, fastprogress, fasttransform, fastdownload, plum-dispatch, beartype, python-fasthtml, cloudpickle); DIR is a
 checkout of salesforce/awd-lstm-lm. All read the same token ids with the same sizes, lanes, bptt and dropouts, on all
 cores. A round trains `steps` steps of each in turn; the first round warms up. chartlm takes whole steps of its loop:
-streams, masks, DeepSpeed's engine at ZeRO-1, clipping, AdamW. fastai trains by `Learner.fit_one_cycle` on its own
-`LMDataLoader`; Salesforce by what its `train()` does in a step, with full softmax and Adam. On a CPU chartlm has glibc
-keep freed memory; the peers' turns run under glibc's own limits (those it settles at by itself). Ratios are medians
-over rounds. Weight drop's overhead is that of chartlm's step with drop_weight=0.2 over the one with 0, the plain fused
-LSTM.
+streams, masks, DeepSpeed's engine (ZeRO-0 in fp32, ZeRO-1 in bf16), clipping, AdamW. fastai trains by
+`Learner.fit_one_cycle` on its own `LMDataLoader`; Salesforce by what its `train()` does in a step, with full softmax
+and Adam. On a CPU chartlm has glibc keep freed memory; the peers' turns run under glibc's own limits (those it
+settles at by itself). Ratios are medians over rounds. Weight drop's overhead is that of chartlm's step with
+drop_weight=0.2 over the one with 0, the plain fused LSTM.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -63,14 +63,16 @@ class Ours:
     ):
         if settings is None:
             settings = AwdLstmConfig(embedding=given["embedding"], hidden=given["hidden"], layers=LAYERS, **model)
-        config = EngineConfig(zero_stage=1, precision=precision, timeout_seconds=600)
+        # One process has nothing to share; bf16 wants an fp32 copy of the weights, which ZeRO-1 keeps.
+        stage: Literal[0, 1] = 0 if precision == "fp32" else 1
+        config = EngineConfig(zero_stage=stage, precision=precision, timeout_seconds=600)
         torch.manual_seed(seed)
         self.lanes, self.workers, self.at = range(given["lanes"]), workers, 0
         self.seed, self.total_steps = seed, total_steps
         self.told = told or optim.OptimConfig()
         module = MODELS[settings.name](settings, corpus.vocab_size)
         self.module = module
-        self.engine = Engine(module, lambda m: optim.build(m, self.told), config, workers, len(self.lanes), 0.25)
+        self.engine = Engine(module, lambda m: optim.build(m, self.told), config, workers, given["lanes"], 0.25)
         streams = Streams(corpus.split("train"), given["lanes"], given["bptt"], seed)
         self.streams, self.batches = streams, Prefetch(streams, self.lanes, workers.device)
         self.carry = self.engine.initial_carry(given["lanes"])
