@@ -55,7 +55,8 @@ case $verb in
   test)
     set_up
     cd "$root"
-    [[ ${2:-} != slow ]] || set -- test -m slow "${@:3}" # else pyproject.toml leaves the long proofs out
+    # else pyproject.toml leaves the long proofs out
+    [[ ${2:-} != slow && ${2:-} != cluster ]] || set -- test -m "$2" "${@:3}"
     exec "$venv/bin/python" -m pytest "${@:2}"
     ;;
   lint)
@@ -64,9 +65,9 @@ case $verb in
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/mypy"
-    exec "$venv/bin/shellcheck" launch.sh .ci/run
+    exec "$venv/bin/shellcheck" launch.sh .ci/run deploy/slurm.sh
     ;;
-  demo | hospital | shard | check | verify | stats | pretrain | find-lr | evaluate | compare | generate | plot | finetune | submit | status | logs | stop)
+  demo | hospital | shard | check | verify | stats | pretrain | find-lr | evaluate | compare | generate | plot | finetune | up | down | submit | status | logs | stop | resume)
     set_up
     exec "$venv/bin/python" -m cluster.cli "$@"
     ;;

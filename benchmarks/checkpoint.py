@@ -59,7 +59,7 @@ class Trained:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         config = EngineConfig(zero_stage=1, timeout_seconds=600)
         self.engine = Engine(
-            model, lambda m: optim.build(m, optim.OptimConfig()), config, self.workers, len(self.lanes), clip=0.25
+            model, lambda m: optim.build(m, optim.OptimConfig()), config, self.workers, given["lanes"], clip=0.25
         )
         self.given = given
         self.state = TrainState(carry=self.engine.initial_carry(len(self.lanes)))

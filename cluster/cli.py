@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cluster.errors import ChartlmError
+from cluster.token import use_token
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,26 @@ class Verb:
     summary: str
     module: str | None = None
     function: str = "main"
+    recipe: str = ""  # its class in that module, where the verb can be a job
 
 
 VERBS = {
     "demo": Verb("demo [FOLDER] [key=value…]", "the whole story on a synthetic hospital, in minutes", "cluster.story"),
     "hospital": Verb(
-        "hospital out=DIR patients=400", "write a synthetic hospital in MIMIC-III's format", "sharding.synthetic"
+        "hospital out=DIR patients=400",
+        "write a synthetic hospital in MIMIC-III's format",
+        "sharding.synthetic",
+        recipe="HospitalRecipe",
     ),
-    "shard": Verb("shard RECIPE input=FILE", "notes → cleaned, tokenized Arrow shards", "sharding.job"),
+    "shard": Verb(
+        "shard RECIPE input=FILE", "notes → cleaned, tokenized Arrow shards", "sharding.job", recipe="ShardRecipe"
+    ),
     "check": Verb("check NOTEEVENTS.csv.gz", "compare a file with the counts of MIMIC-III v1.4", "sharding.check"),
     "verify": Verb("verify SHARDS", "find every damaged or foreign file of a corpus", "sharding.verify"),
     "stats": Verb("stats SHARDS", "what a corpus is made of, as tables and stats.png", "sharding.stats"),
-    "pretrain": Verb("pretrain RECIPE", "train a language model on shards; again = resume", "pretrain.train"),
+    "pretrain": Verb(
+        "pretrain RECIPE", "train a language model on shards; again = resume", "pretrain.train", recipe="TrainRecipe"
+    ),
     "find-lr": Verb("find-lr RECIPE", "suggest a learning rate, as a number and a picture", "pretrain.find_lr"),
     "evaluate": Verb(
         "evaluate RUN [RUN…] [split=test]",
@@ -46,11 +55,19 @@ VERBS = {
     "compare": Verb("compare RUN RUN…", "runs of any vocabulary side by side, in bits per byte", "pretrain.compare"),
     "generate": Verb('generate RUN prompt="blood loss"', "text from a trained model", "pretrain.generate"),
     "plot": Verb("plot RUN [RUN…]", "the curves of one or several runs as a picture", "pretrain.plot"),
-    "finetune": Verb("finetune RECIPE [run=RUN]", "train and evaluate a clinical predictor", "downstream.finetune"),
-    "submit": Verb("submit VERB RECIPE cluster=URL", "run a verb as a job of a Ray cluster", "cluster.jobs", "submit"),
-    "status": Verb("status [JOB] cluster=URL", "the jobs of a cluster and where they stand", "cluster.jobs", "status"),
-    "logs": Verb("logs JOB cluster=URL", "what a job printed", "cluster.jobs", "logs"),
-    "stop": Verb("stop JOB cluster=URL", "end a job; submit it again to go on", "cluster.jobs", "stop"),
+    "finetune": Verb(
+        "finetune RECIPE [run=RUN]",
+        "train and evaluate a clinical predictor",
+        "downstream.finetune",
+        recipe="FinetuneRecipe",
+    ),
+    "up": Verb("up [workers=N]", "a Ray cluster on this machine; join=HOST:PORT joins one", "cluster.local", "up"),
+    "down": Verb("down", "end what up has started here", "cluster.local", "down"),
+    "submit": Verb("submit VERB RECIPE [cluster=URL]", "run a verb as a job of a cluster", "cluster.jobs", "submit"),
+    "status": Verb("status [JOB]", "the jobs of a cluster and where they stand", "cluster.jobs", "status"),
+    "logs": Verb("logs JOB [-f] [rank=N]", "what a job printed, and one worker of it", "cluster.jobs", "logs"),
+    "stop": Verb("stop JOB", "end a job when it has saved; submit it again to go on", "cluster.jobs", "stop"),
+    "resume": Verb("resume RUN_DIR", "submit the pretraining of a run directory again", "cluster.jobs", "resume"),
     "test": Verb("test [slow] [pytest arguments]", "lint, unit and integration tests; slow: the long proofs"),
     "lint": Verb("lint", "ruff, mypy, shellcheck"),
 }
@@ -72,6 +89,7 @@ def run_verb(name: str, args: list[str]) -> None:
         _fail(f"no verb {name!r}; {advice}", 2)
     # Threads that spin while they wait make a step a hundred times slower (measured) when another process has the core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    use_token()  # before Ray is imported: it looks once
     try:
         getattr(importlib.import_module(verb.module), verb.function)(args)
     except ChartlmError as exc:

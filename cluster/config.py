@@ -14,7 +14,7 @@ import json
 import tomllib
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,6 +30,27 @@ class Section(BaseModel):
 
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+_PLACE = "a file, a folder or a URL"
+# A value (or the keys of a table) that names one.
+Place = Annotated[str, _PLACE]
+
+
+def absolute(recipe: SectionT) -> SectionT:
+    """The same recipe, its places named so that processes with another working directory find them."""
+    changed: dict[str, Any] = {}
+    for name, field in type(recipe).model_fields.items():
+        value = getattr(recipe, name)
+        if isinstance(value, Section):
+            changed[name] = absolute(value)
+        elif value is not None and (_PLACE in field.metadata or _names_a_place(field.annotation)):
+            is_table = isinstance(value, dict)
+            changed[name] = {storage.absolute(k): v for k, v in value.items()} if is_table else storage.absolute(value)
+    return recipe.model_copy(update=changed)
+
+
+def _names_a_place(annotation: Any) -> bool:
+    return _PLACE in getattr(annotation, "__metadata__", ()) or any(map(_names_a_place, typing.get_args(annotation)))
 
 
 def load(model: type[SectionT], args: Sequence[str], positional: str | None = "recipe") -> SectionT:

@@ -6,6 +6,7 @@ No note text goes through here: identifiers and counts only.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,14 +16,28 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 160  # a file is as wide as a table
 PLAIN_EVERY_SECONDS = 10.0
 
 Advance = Callable[[float, str], None]
 
 
+_elsewhere: Callable[[str], None] | None = None
+
+
+def forward(to: Callable[[str], None]) -> None:
+    """From now on `say` hands its lines to `to`: a training worker has no terminal."""
+    global _elsewhere
+    _elsewhere = to
+
+
 def say(line: str) -> None:
     """Prints one line, as it is."""
-    console.print(escape(line))
+    if _elsewhere is not None:
+        _elsewhere(line)
+    else:
+        console.print(escape(line))
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -61,15 +76,20 @@ def progress(label: str, total: float) -> Iterator[Advance]:
         return
     started = spoken = time.monotonic()
     first: tuple[float, float] | None = None  # when work was first seen, and how much was done by then
+    last = ""
 
     def advance(done: float, note: str = "") -> None:
-        nonlocal spoken, first
-        now = time.monotonic()
+        nonlocal spoken, first, last
+        now, last = time.monotonic(), note
         first = first or (now, done)
         if now - spoken >= PLAIN_EVERY_SECONDS and done > first[1]:
             spoken = now
             left = (now - first[0]) * (total - done) / (done - first[1])
             say(f"{label}: {100 * done / total:.0f}% {note}, {left:.0f} s left")
 
-    yield advance
-    say(f"{label}: done in {time.monotonic() - started:.1f} s")
+    how = "stopped after"
+    try:
+        yield advance
+        how = "done in"
+    finally:
+        say(f"{label}: {how} {time.monotonic() - started:.1f} s" + (f"; {last}" if last else ""))

@@ -7,8 +7,12 @@ through the Ray Jobs API. Facts about Ray 2.60 that shaped this file stand at th
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -22,8 +26,11 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.errors import ChartlmError, ClusterError, StorageError, TrainingError
+from cluster import keeper, logs, package
+from cluster.errors import ChartlmError, ClusterError, ConfigError, StorageError, TrainingError
+from cluster.placement import ClusterConfig
 
 ResultT = TypeVar("ResultT")
 
@@ -34,13 +41,35 @@ def start(workers: int = 0) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        joined = ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        if keeper.JOB in os.environ:
+            keeper.keep(f"http://{joined.dashboard_url}")
+            _check_nodes()
     else:
         # At its end Ray Train asks a dashboard whether the run still lives, and without one waits 10 s for it: this
         # address refuses at once.
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
         cpus = max(os.cpu_count() or 1, workers)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+def _check_nodes() -> None:
+    """Raises ConfigError where a machine of the cluster has not the packages of pyproject.toml."""
+    here = ray.remote(num_cpus=0, max_retries=0)(package.mismatches)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    asked = [_on(here, node["NodeID"]).remote() for node in nodes]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=60)
+    for node, answer in zip(nodes, asked, strict=True):
+        with contextlib.suppress(ray.exceptions.RayError):  # a node that dies now is noticed by those who need it
+            if answer in ready and (found := ray.get(answer)):
+                raise ConfigError(
+                    f"node {node['NodeManagerAddress']}: {'; '.join(found[:3])}; install what pyproject.toml asks for "
+                    "there, or submit with packages=install"
+                )
+
+
+def _on(remote: Any, node: str) -> Any:
+    return remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
 
 
 def stop() -> None:
@@ -120,42 +149,73 @@ def _own_error(cause: BaseException | None, otherwise: BaseException) -> BaseExc
     return otherwise
 
 
+class _Board:
+    """Lines from the workers of a run to its driver: an actor beside the driver, so a machine that dies takes none."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def tell(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self._lines = self._lines, []
+        return lines
+
+
 def train_workers(
     entry: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
     *,
-    workers: int,
-    gpus_per_worker: int,
-    max_failures: int,
+    cluster: ClusterConfig,
     name: str,
     timeout_seconds: int,
 ) -> None:
-    """Runs `entry(config)` on `workers` processes under Ray Train until all return.
+    """Runs `entry(config)` on the workers of `cluster` under Ray Train until all return.
 
     Ray sets RANK, WORLD_SIZE, MASTER_ADDR and the process group. When a process dies the whole group is started
-    again, `max_failures` times at most. Nothing is reported to Ray: a restarted worker finds its place in the run
-    directory (and each report() would cost up to 2 s). Raises TrainingError when the failures are used up.
+    again, `max_failures` times at most; where the number of workers is a range, with those that have a place.
+    Nothing is reported to Ray: a restarted worker finds its place in the run directory (and each report() would cost
+    up to 2 s). What workers `say`, and which of them are lost, is said here with their rank. Raises TrainingError when
+    the failures are used up.
     """
+    hang = cluster.hang_seconds or timeout_seconds // 2
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
+    # Ray prints its own story of every restart, tracebacks included.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     import ray.train.torch  # takes torch along, which nobody else here needs
 
+    board = _on(ray.remote(num_cpus=0)(_Board), ray.get_runtime_context().get_node_id()).remote()
+
+    class Losses(ray.train.UserCallback):  # type: ignore[misc]
+        """Says which workers were lost, from Ray's controller."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, error in sorted(worker_exceptions.items()):
+                board.tell.remote(f"rank {rank}: {_loss(error, hang)}")
+
+    fewest, most = cluster.fewest, cluster.most
     scaling = ray.train.ScalingConfig(
-        num_workers=workers,
-        use_gpu=gpus_per_worker > 0,
-        resources_per_worker={"GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1},
+        num_workers=most if fewest == most else (fewest, most),
+        use_gpu=cluster.gpus_per_worker > 0,
+        resources_per_worker={"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {"CPU": 1},
+        elastic_resize_monitor_interval_s=cluster.resize_seconds,
     )
-    backend = "nccl" if gpus_per_worker else "gloo"
+    backend = "nccl" if cluster.gpus_per_worker else "gloo"
     try:
         # Ray keeps notes of its own per run and name, and would write them into the home directory.
-        with tempfile.TemporaryDirectory(prefix="chartlm-ray-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="chartlm-ray-") as scratch, _read_out(board):
             ray.train.torch.TorchTrainer(
-                entry,
+                functools.partial(_work, entry, board),
                 train_loop_config=config,
                 scaling_config=scaling,
                 torch_config=ray.train.torch.TorchConfig(backend=backend, timeout_s=timeout_seconds),
                 run_config=ray.train.RunConfig(
                     name=name,
                     storage_path=scratch,
-                    failure_config=ray.train.FailureConfig(max_failures=max_failures),
+                    failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+                    callbacks=[Losses()],
                 ),
             ).fit()
     except ray.train.WorkerGroupError as exc:
@@ -164,9 +224,60 @@ def train_workers(
         if own is not None:
             raise type(own)(*own.args) from exc
         raise TrainingError(
-            f"{name}: {len(causes)} of {workers} training workers died and max_failures={max_failures} restarts are "
-            f"used up; the same command goes on from the last checkpoint. First cause: {_first_line(causes[0])}"
+            f"{name}: {len(causes)} training workers died and max_failures={cluster.max_failures} restarts are used "
+            f"up; the same command goes on from the last checkpoint. First cause: {_first_line(causes[0])}"
         ) from exc
+
+
+def _work(entry: Callable[[dict[str, Any]], None], board: Any, config: dict[str, Any]) -> None:
+    """What a training worker runs."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+
+    def tell(line: str) -> None:
+        board.tell.remote(f"rank {rank}: {line}")
+
+    logs.forward(tell)
+    node = ray.get_runtime_context().get_node_id()[:6]
+    os.environ["CHARTLM_NODE"] = node
+    tell(f"of {context.get_world_size()}, on {ray.util.get_node_ip_address()} (node {node}), process {os.getpid()}")
+    entry(config)
+
+
+def _loss(error: BaseException, hang_seconds: int) -> str:
+    """Why a worker was lost, in a line. Text of foreign errors could be text of a note: only their kind is told."""
+    cause = getattr(error, "health_check_failure", None) or error
+    if "Timeout" in type(cause).__name__:
+        return f"lost: it was silent for {hang_seconds} s and is replaced"
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return "lost: its process or machine died"
+    own = getattr(cause, "cause", cause)
+    if isinstance(own, ChartlmError):
+        return f"lost: {own}"
+    last = traceback.extract_tb(own.__traceback__)[-1:]
+    return f"lost: {type(own).__name__}" + "".join(f" in {os.path.basename(at.filename)}:{at.lineno}" for at in last)
+
+
+@contextlib.contextmanager
+def _read_out(board: Any) -> Iterator[None]:
+    """Says what stands on the board, while workers train."""
+    over = threading.Event()
+
+    def read() -> None:
+        last = False
+        while not last:
+            last = over.wait(0.5)
+            with contextlib.suppress(ray.exceptions.RayError):
+                for line in ray.get(board.take.remote(), timeout=10):
+                    logs.say(line)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reader.join()
 
 
 def machine_goes() -> bool:

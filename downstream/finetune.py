@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 
 from cluster import config, logs, storage
-from cluster.config import Section
+from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from downstream import report
 from downstream.baseline import labels_of, tfidf_regression
@@ -44,8 +44,8 @@ SPLITS = ("train", "valid", "test")
 class FinetuneRecipe(Section):
     """Which run, which task, and how to learn it."""
 
-    run: str = Field(description="run directory of the pretrained language model")
-    out: str | None = Field(None, description="where the results go; RUN/finetune/TASK if not given")
+    run: Place = Field(description="run directory of the pretrained language model")
+    out: Place | None = Field(None, description="where the results go; RUN/finetune/TASK if not given")
     task: Task = Field(discriminator="name")
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="one classifier each; their mean predicts")
     max_tokens: int = Field(4096, ge=1, description="of longer notes only the last tokens are read")

@@ -319,6 +319,12 @@ def newest(run: str, cache: Path | None = None) -> str | None:
     return None
 
 
+def last_saved(run: str) -> int:
+    """Step of the newest checkpoint that is said to be whole (nothing is read to see whether it is); 0 without one."""
+    whole = (step for step in steps_of(run) if storage.exists(storage.join(folder_of(run, step), MANIFEST)))
+    return max(whole, default=0)
+
+
 def newest_step(run: str) -> int | None:
     """Step of the newest checkpoint that verifies, or None."""
     folder = newest(run)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cluster import memory
+from cluster import memory, storage
 from cluster.config import Section
 from cluster.errors import ConfigError, TrainingError
 from pretrain import heads
@@ -44,6 +45,7 @@ from deepspeed import utils as fragments  # noqa: E402
 # lock that hangs every later start when the build is killed.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+SEEN_WITHIN_SECONDS = 20.0
 PARAMETER = "parameter"  # the name of a parameter's own value beside its optimizer states
 
 
@@ -72,6 +74,7 @@ class Workers:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        node = os.environ.get("CHARTLM_NODE", os.environ.get("GROUP_RANK", "0"))  # from Ray; torchrun's
         on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
@@ -87,6 +90,7 @@ class Workers:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; RANK would be taken for torchrun's
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        self.nodes = len(set(self.gather(node)))  # machines
 
     @property
     def first(self) -> bool:
@@ -110,6 +114,18 @@ class Workers:
         sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
         dist.all_reduce(sums)
         return cast(list[float], sums.tolist())
+
+    def see(self, url: str) -> None:
+        """Raises ConfigError on all workers where one does not see what the first has written."""
+        deadline = time.monotonic() + SEEN_WITHIN_SECONDS  # a shared folder may be late
+        while not (seen := storage.exists(url)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        blind = [rank for rank, sees in enumerate(self.gather(seen)) if not sees]
+        if blind:
+            raise ConfigError(
+                f"{url}: worker {blind[0]} does not see what the first worker wrote there; give a folder that all "
+                "machines share, or a URL such as s3://…"
+            )
 
     def close(self) -> None:
         """Leaves the process group that was entered here."""
@@ -136,10 +152,11 @@ class Objective(nn.Module):
         self.head = head
 
     def forward(
-        self, batch: Batch, carry: Carry, masks: Masks | None, share: float | None
+        self, batch: Batch, carry: Carry, masks: Masks | None, share: float | None, weight: float = 1.0
     ) -> tuple[Tensor, Tensor, Carry]:
         """(objective, sum of negative log-likelihoods in nats, carry). `share` turns this worker's sum into its part of
-        the mean over all workers' targets, given that DeepSpeed averages gradients over workers.
+        the mean over all workers' targets, given that DeepSpeed averages gradients over workers; `weight` does so for
+        the model's penalty, a mean over these lanes.
 
         Without a share, scores: (nll of every target in nats, whether it was the most likely token, carry), both
         [lanes·T] and 0 where a target is IGNORED. They go through here because only within the forward of what
@@ -152,7 +169,7 @@ class Objective(nn.Module):
             return *heads.score(output_NE, levels, targets_N), carry
         nll = heads.nll(self.head, output_NE, levels, targets_N)
         penalty = self.model.penalty(hidden)  # type: ignore[operator]
-        return nll * share + penalty, nll.detach(), carry
+        return nll * share + penalty * weight, nll.detach(), carry
 
 
 class Plain:
@@ -185,13 +202,16 @@ class Engine:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         config: EngineConfig,
         workers: Workers,
-        lanes_per_worker: int,
+        lanes: int,
         clip: float,
     ):
-        if lanes_per_worker % config.accumulation:
+        fewest = lanes // workers.world
+        if fewest < config.accumulation:
             raise ConfigError(
-                f"engine.accumulation={config.accumulation} does not divide the {lanes_per_worker} lanes of a worker"
+                f"engine.accumulation={config.accumulation} is more than the {fewest} lanes of a worker; lower it, or "
+                "take fewer workers"
             )
+        self.lanes = lanes
         self.model = model.to(workers.device)
         self.workers, self.config, self.clip = workers, config, clip
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -199,7 +219,7 @@ class Engine:
             model=Objective(self.model, heads.HEADS[config.head]),
             optimizer=make_optimizer(self.model),
             config={
-                "train_micro_batch_size_per_gpu": lanes_per_worker // config.accumulation,
+                "train_micro_batch_size_per_gpu": fewest // config.accumulation,  # DeepSpeed only reports it
                 "gradient_accumulation_steps": config.accumulation,
                 # At ZeRO-0 DeepSpeed keeps the norm to itself: there `update` clips.
                 "gradient_clipping": clip if config.zero_stage else 0.0,
@@ -227,15 +247,17 @@ class Engine:
         of nll in nats on this worker, carry). Lanes go through in `accumulation` groups, each with its own carry.
         """
         self._deepspeed.train()
-        groups = self.config.accumulation
+        groups, size = self.config.accumulation, len(batch.tokens_BT)
         share = self.workers.world * groups / max(targets, 1)
-        size = len(batch.tokens_BT) // groups
         batch = batch.to(self.workers.device)
         nlls, carries = [], []
         for group in range(groups):
-            rows = slice(group * size, (group + 1) * size)
+            rows = slice(group * size // groups, (group + 1) * size // groups)
             part = {name: value[rows] for name, value in carry.items()}
-            objective, nll, part = self._deepspeed(batch.rows(rows.start, rows.stop), part, masks.rows(rows), share)
+            weight = (rows.stop - rows.start) * self.workers.world * groups / self.lanes
+            objective, nll, part = self._deepspeed(
+                batch.rows(rows.start, rows.stop), part, masks.rows(rows), share, weight
+            )
             self._deepspeed.backward(objective)
             if group < groups - 1:
                 self._deepspeed.step()  # counts the group; the optimizer waits for the last

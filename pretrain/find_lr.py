@@ -44,7 +44,7 @@ def search(recipe: TrainRecipe, advance: logs.Advance) -> Curve:
     torch.manual_seed(recipe.seed)
     model = MODELS[recipe.model.name](recipe.model, corpora[0].vocab_size)
     engine = Engine(
-        model, lambda m: optim.build(m, recipe.optim), recipe.engine, workers, len(lanes), recipe.optim.clip
+        model, lambda m: optim.build(m, recipe.optim), recipe.engine, workers, recipe.data.lanes, recipe.optim.clip
     )
     lowest, highest = RANGE[recipe.optim.name]
     curve: Curve = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cluster import config, tracking
+from cluster import config, storage, tracking
 from cluster.errors import Preempted, TrainingError
 from pretrain import checkpoint, faults, optim
 from pretrain import run as run_directory
@@ -50,13 +50,14 @@ class Training:
         first = workers.first
         about = workers.agree(run_directory.enter(recipe.run_dir, recipe, corpora) if first else None)
         self.cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chartlm-")))
+        workers.see(storage.join(recipe.run_dir, run_directory.FILE))
         folder = workers.agree(checkpoint.newest(recipe.run_dir, self.cache) if first else None)
         torch.manual_seed(recipe.seed)  # the initial weights
         model = MODELS[recipe.model.name](recipe.model, corpora[0].vocab_size)
         if folder is None and about["init_from"] is not None:
             run_directory.init_weights(model, about["init_from"], corpora[0].tokenizer, self.cache)
         self.engine = Engine(
-            model, lambda m: optim.build(m, recipe.optim), recipe.engine, workers, len(self.lanes), recipe.optim.clip
+            model, lambda m: optim.build(m, recipe.optim), recipe.engine, workers, recipe.data.lanes, recipe.optim.clip
         )
         self.state = TrainState()
         if folder is not None:
@@ -199,6 +200,8 @@ class Training:
                 grad_norm=self.grad_norm,
                 epoch=self.streams.epoch_of(state.step),
                 tokens=state.tokens,
+                workers=self.workers.world,
+                nodes=self.workers.nodes,
                 **self._clock.since_last(),
             )
         self.state = replace(state, pending_nll=0.0, pending_targets=0)

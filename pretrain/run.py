@@ -30,6 +30,7 @@ from sharding.shards import Corpus
 from sharding.splits import SplitConfig
 from sharding.tokenizer import Tokenizer
 
+FILE = "run.json"
 # Keys that do not change what is learned; they may differ when a run goes on.
 FREE_KEYS = (
     *("run_dir", "tracking", "cluster", "engine"),
@@ -70,7 +71,7 @@ def enter(run: str, recipe: config.Section, corpora: Sequence[Corpus]) -> dict[s
     """
     dumped = config.dump(recipe)
     identity = identity_of(dumped, corpora)
-    place = storage.join(run, "run.json")
+    place = storage.join(run, FILE)
     if storage.exists(place):
         known: dict[str, Any] = storage.read_json(place)
         changed = config.differences(known["identity"], identity)
@@ -114,7 +115,7 @@ def init_weights(model: nn.Module, source: dict[str, str], tokenizer: Tokenizer,
     Where the vocabularies differ, the rows of the tokens that both have are taken over, and the others get the mean
     row (Howard & Ruder 2018, arXiv:1801.06146 §3.2; fastai). Raises ConfigError where the models do not fit.
     """
-    about = storage.read_json(storage.join(source["run"], "run.json"))
+    about = storage.read_json(storage.join(source["run"], FILE))
     theirs = Tokenizer(storage.read_bytes(storage.join(source["run"], "tokenizer.model")), **about["tokenizer"])
     place_of = {piece: place for place, piece in enumerate(theirs.pieces())}
     rows = torch.tensor([place_of.get(piece, -1) for piece in tokenizer.pieces()])
@@ -167,9 +168,9 @@ def load_trained(run: str, changes: dict[str, Any] | None = None) -> Trained:
     """The newest checkpoint of a run directory, with `changes` to what its model does without weights (memory …).
     Raises ConfigError where there is none, or the weights do not fit.
     """
-    if not storage.exists(storage.join(run, "run.json")):
+    if not storage.exists(storage.join(run, FILE)):
         raise ConfigError(f"{run}: is not a run directory; run ./launch.sh pretrain first or check the path")
-    about = storage.read_json(storage.join(run, "run.json"))
+    about = storage.read_json(storage.join(run, FILE))
     folder = checkpoint.newest(run)
     if folder is None:
         raise ConfigError(f"{run}: has no checkpoint yet; let ./launch.sh pretrain go on")

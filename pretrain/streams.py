@@ -23,8 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from cluster import storage
-from cluster.config import Section
+from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from sharding.shards import Split
 
@@ -36,7 +35,7 @@ Ints = np.ndarray[Any, Any]
 class StreamConfig(Section):
     """Section `data` of a training recipe."""
 
-    corpus: str | dict[str, float] = Field(
+    corpus: Place | dict[Place, float] = Field(
         description="shard directory (URL), or several with their shares of the lanes"
     )
     lanes: int = Field(16, ge=1, description="texts read side by side, over all workers: the global batch")
@@ -61,15 +60,6 @@ class StreamConfig(Section):
     def urls(self) -> list[str]:
         """The shard directories."""
         return [self.corpus] if isinstance(self.corpus, str) else list(self.corpus)
-
-    def absolute(self) -> StreamConfig:
-        """The same, as processes with another working directory find it."""
-        named: str | dict[str, float]
-        if isinstance(self.corpus, str):
-            named = storage.absolute(self.corpus)
-        else:
-            named = {storage.absolute(url): share for url, share in self.corpus.items()}
-        return self.model_copy(update={"corpus": named})
 
 
 @dataclass(frozen=True)
@@ -99,9 +89,11 @@ class Batch:
 
 
 def lanes_of(rank: int, world: int, lanes: int) -> range:
-    """Global lanes of one worker. Raises ConfigError where the lanes cannot be shared out evenly."""
-    if lanes % world:
-        raise ConfigError(f"data.lanes={lanes} cannot be shared evenly by {world} workers; take a multiple of {world}")
+    """Global lanes of one worker, as many as each other has, or one more. Raises ConfigError where one gets none."""
+    if lanes < world:
+        raise ConfigError(
+            f"data.lanes={lanes} are too few for {world} workers, of which each needs one; raise data.lanes"
+        )
     return range(rank * lanes // world, (rank + 1) * lanes // world)
 
 

@@ -21,7 +21,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cluster import config, logs, storage, tracking
+from cluster.config import Place
 from cluster.errors import ConfigError, Preempted
+from cluster.placement import ClusterConfig
 from cluster.tracking import TrackingConfig
 from pretrain import checkpoint, faults, plot
 from pretrain import run as run_directory
@@ -32,19 +34,13 @@ from pretrain.models.transformer_xl import TransformerXlConfig
 from pretrain.optim import OptimConfig
 from pretrain.streams import Mixture, StreamConfig, Streams, lanes_of, open_streams
 
-
-class ClusterConfig(config.Section):
-    """Section `cluster` of a training recipe: where the workers run. None of it changes what is learned."""
-
-    workers: int = Field(2, ge=0, description="Ray Train workers; 0 trains in this process, without Ray")
-    gpus_per_worker: int = Field(0, ge=0)
-    max_failures: int = Field(3, ge=0, description="how often dead workers are replaced")
+REMOTE_LOOKS_SECONDS = 10.0  # between looks at the metrics of a run in an object store
 
 
 class TrainRecipe(config.Section):
     """Recipe of `./launch.sh pretrain`."""
 
-    run_dir: str
+    run_dir: Place
     seed: int = 1
     epochs: float | None = Field(None, gt=0, description="how often the corpus is read; this or `steps`")
     steps: int | None = Field(None, ge=1)
@@ -60,14 +56,17 @@ class TrainRecipe(config.Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_best: int = Field(1, ge=0, description="best checkpoints that stay, of those saved right after a validation")
     keep_every: int | None = Field(None, ge=1, description="steps; checkpoints at their multiples stay for good")
-    init_from: str | None = Field(None, description="run directory whose newest weights a new run begins with")
+    init_from: Place | None = Field(None, description="run directory whose newest weights a new run begins with")
     spikes: Literal["report", "skip"] = Field("report", description="losses 6 σ above the last 128")
 
     @model_validator(mode="before")
     @classmethod
-    def _model_has_a_name(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _short_for(cls, values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values.get("model"), dict):
             values = values | {"model": {"name": "awd-lstm"} | values["model"]}
+        if "workers" in values and isinstance(values.get("cluster", {}), dict):
+            values = values | {"cluster": {**values.get("cluster", {}), "workers": values["workers"]}}
+            del values["workers"]
         return values
 
     @model_validator(mode="after")
@@ -111,14 +110,7 @@ def entry(values: dict[str, Any]) -> None:
 
 def main(args: list[str]) -> None:
     """Verb `pretrain`."""
-    recipe = config.load(TrainRecipe, args)
-    recipe = recipe.model_copy(
-        update={
-            "run_dir": storage.absolute(recipe.run_dir),
-            "init_from": recipe.init_from and storage.absolute(recipe.init_from),
-            "data": recipe.data.absolute(),
-        }
-    )
+    recipe = config.absolute(config.load(TrainRecipe, args))
     if "RANK" in os.environ:  # torchrun, Slurm: somebody else started the workers
         train(recipe)
         if os.environ["RANK"] == "0":
@@ -126,10 +118,11 @@ def main(args: list[str]) -> None:
         return
     # What can be wrong is found here, before workers start.
     corpora = run_directory.open_corpora(recipe.data)
-    lanes = lanes_of(0, max(recipe.cluster.workers, 1), recipe.data.lanes)
-    if len(lanes) % recipe.engine.accumulation:
+    lanes = lanes_of(0, max(recipe.cluster.most, 1), recipe.data.lanes)
+    if len(lanes) < recipe.engine.accumulation:
         raise ConfigError(
-            f"engine.accumulation={recipe.engine.accumulation} does not divide the {len(lanes)} lanes of a worker"
+            f"engine.accumulation={recipe.engine.accumulation} is more than the {len(lanes)} lanes of a worker; lower "
+            "it, or take fewer workers"
         )
     streams = open_streams([corpus.split("train") for corpus in corpora], recipe.data, recipe.seed, recipe.epochs)
     corpora[-1].split("valid")
@@ -151,21 +144,19 @@ def main(args: list[str]) -> None:
 
 
 def _start(recipe: TrainRecipe) -> None:
-    if recipe.cluster.workers == 0:
+    if recipe.cluster.most == 0:
         train(recipe)
         return
     from cluster import ray_runtime  # not needed, and perhaps not installed, where there is torchrun
 
     faults.forget_stop(recipe.run_dir)
-    ray_runtime.start(recipe.cluster.workers)
+    ray_runtime.start(recipe.cluster.most)
     before = signal.signal(signal.SIGTERM, lambda *_: faults.ask_to_stop(recipe.run_dir))  # workers get no signals
     try:
         ray_runtime.train_workers(
             entry,
             recipe.model_dump(mode="json", exclude_none=True),
-            workers=recipe.cluster.workers,
-            gpus_per_worker=recipe.cluster.gpus_per_worker,
-            max_failures=recipe.cluster.max_failures,
+            cluster=recipe.cluster,
             name=recipe.run_dir.rstrip("/").rsplit("/", 1)[-1],
             timeout_seconds=recipe.engine.timeout_seconds,
         )
@@ -185,7 +176,8 @@ def _watched(recipe: TrainRecipe, steps: int) -> Iterator[None]:
 
     def watch(advance: logs.Advance) -> None:
         nonlocal told
-        while not over.wait(1.0):
+        every = 1.0 if storage.is_local(recipe.run_dir) else REMOTE_LOOKS_SECONDS
+        while not over.wait(every):
             for line in _resumes(recipe.run_dir)[told:]:
                 logs.say(
                     f"pretrain: interrupted at step {line['interrupted_at']:,}, goes on from step {line['step']:,}"
@@ -209,10 +201,15 @@ def _resumes(run: str) -> list[dict[str, Any]]:
 
 
 def _show(run: str, advance: logs.Advance) -> None:
+    """Where the run stands; `./launch.sh status` reads these words in the log of a job."""
     lines = [line for line in tracking.read(run) if "loss" in line]
     if lines:
         last = lines[-1]
-        advance(last["step"], f"loss {last['loss']:.3f}  {last['tokens_per_second']:,.0f} tokens/s")
+        advance(
+            last["step"],
+            f"step {last['step']:,}  loss {last['loss']:.3f}  {last['tokens_per_second']:,.0f} tokens/s  "
+            f"checkpoint {checkpoint.last_saved(run):,}  nodes {last.get('nodes', 1)}",
+        )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from cluster import config, logs, ray_runtime, storage
-from cluster.config import Section
+from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from sharding import parts, stats, tokenizer
 from sharding.clean import CLASS_TOKENS, CleanConfig
@@ -54,15 +54,15 @@ class ShardRecipe(Section):
     (larger ones are slower a byte: their arrays leave the processor's cache), `shard_mib` of the text of a shard.
     """
 
-    input: str
-    output: str
+    input: Place
+    output: Place
     reader: Annotated[ReaderConfig, Field(discriminator="name")]
     clean: CleanConfig = CleanConfig()
     dedup: parts.Compare = "exact"
     near_similarity: float = Field(default=0.7, gt=0, le=1)  # Jaccard; as Gabriel et al. 2018 for MIMIC-III
     splits: SplitConfig = SplitConfig()
     tokenizer: TokenizerConfig | None = None
-    tokenizer_from: str | None = None
+    tokenizer_from: Place | None = None
     order: Literal["notes", "patients"] = "notes"  # shuffled notes; shuffled patients, notes in time order
     seed: int = Field(default=1, ge=0)  # of the order
     block_mib: float = Field(default=16, gt=0, le=512)

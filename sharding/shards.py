@@ -13,6 +13,7 @@ Without a manifest there is no corpus. Shards are memory-mapped; tokens come out
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -130,6 +131,10 @@ def content_fingerprint(manifest: dict[str, Any]) -> str:
     )
 
 
+FETCH_SECONDS = 7200.0
+CACHE_GB = 200  # of copies of remote shards on a machine, unless CHARTLM_CACHE_GB says otherwise
+
+
 class Corpus:
     """A finished shard directory. Reading is memory-mapped; remote shards are copied into a cache first."""
 
@@ -187,13 +192,16 @@ class Corpus:
             return storage.local_path(url)
         # Named by content, so corpora may share a cache; renamed when checked: no process maps half a file.
         kept = self._cache / f"{shard['sha256']}.arrow"
-        if not kept.exists() or kept.stat().st_size != shard["size"]:
-            self._cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._cache) as folder:
-                copy = storage.fetch(url, Path(folder))
-                if storage.sha256(str(copy)) != shard["sha256"]:
-                    raise DataError(f"{url}: damaged (sha256 is not the manifest's); make the shards again")
-                os.replace(copy, kept)
+        busy = f"{self._cache}: another process fetches shards into it, {FETCH_SECONDS / 3600:.0f} h long; end it"
+        with storage.held(str(self._cache), busy, FETCH_SECONDS):  # the workers of a machine need the same shards
+            if not kept.exists() or kept.stat().st_size != shard["size"]:
+                with tempfile.TemporaryDirectory(dir=self._cache) as folder:
+                    copy = storage.fetch(url, Path(folder))
+                    if storage.sha256(str(copy)) != shard["sha256"]:
+                        raise DataError(f"{url}: damaged (sha256 is not the manifest's); make the shards again")
+                    _make_room(self._cache, shard["size"])
+                    os.replace(copy, kept)
+            os.utime(kept)  # used now
         return kept
 
 
@@ -219,6 +227,23 @@ def _user_cache() -> Path:
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
         raise StorageError(f"{folder}: belongs to or is open to others; remove it or name another cache")
     return folder
+
+
+def _make_room(cache: Path, size: int) -> None:
+    """Removes the shards of a cache that were not used for the longest time, until `size` bytes more are within its
+    bound. A process that has mapped one keeps reading it: its bytes go when the last one ends.
+    """
+    bound = float(os.environ.get("CHARTLM_CACHE_GB", CACHE_GB)) * 1e9 - size
+    kept = []
+    for path in cache.glob("*.arrow"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+            kept.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(bytes_ for _, bytes_, _ in kept)
+    for _, bytes_, path in sorted(kept):
+        if total <= bound:
+            break
+        path.unlink(missing_ok=True)
+        total -= bytes_
 
 
 def _map(path: Path) -> pa.RecordBatch:

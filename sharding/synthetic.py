@@ -31,7 +31,7 @@ from typing import BinaryIO, NamedTuple, TypeVar, cast
 from pydantic import Field
 
 from cluster import config, logs, storage
-from cluster.config import Section
+from cluster.config import Place, Section
 from cluster.errors import DataError
 from sharding import synthetic_notes as words
 
@@ -64,7 +64,7 @@ T = TypeVar("T")
 class HospitalRecipe(Section):
     """The synthetic hospital to write: where, how many patients, which seed."""
 
-    out: str = Field(min_length=1)
+    out: Place = Field(min_length=1)
     patients: int = Field(default=400, ge=1)
     seed: int = 1
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cluster.config import Section
+from cluster.config import Place, Section
 from cluster.errors import DataError
 from downstream.tasks.examples import Cohort, Example, Filter, show_filters
 from sharding.clean import CleanConfig, clean
@@ -27,7 +27,7 @@ class ClassifyTask(Section):
     """`[task] name = "classify"`: a CSV with a text and a label column."""
 
     name: Literal["classify"] = "classify"
-    url: str = Field(description="the labelled CSV file")
+    url: Place = Field(description="the labelled CSV file")
     text: str = Field(description="column of the note")
     label: str = Field(description="column of the label")
     id: str | None = Field(None, description="column of the example's id; without one it is the record number")

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from cluster import logs, storage
-from cluster.config import Section
+from cluster.config import Place, Section
 from cluster.errors import DataError
 from downstream.tasks.examples import Cohort, Example, Filter, show_filters
 from sharding.clean import CleanConfig, clean
@@ -80,7 +80,7 @@ class ReadmissionTask(Section):
     """`[task] name = "readmission"`: a folder with NOTEEVENTS, ADMISSIONS and PATIENTS."""
 
     name: Literal["readmission"] = "readmission"
-    tables: str = Field(description="folder or URL of the MIMIC-III tables")
+    tables: Place = Field(description="folder or URL of the MIMIC-III tables")
     preset: Literal["clinicalbert", "default", "pyhealth15"] = "clinicalbert"
 
     def cohort(self, config: CleanConfig) -> Cohort:

@@ -127,7 +127,8 @@ def test_run_directory_of_another_recipe(way: Way, tmp_path: Path, corpus: str) 
 
 
 def test_lanes_that_workers_cannot_share(way: Way, tmp_path: Path, corpus: str) -> None:
-    assert "data.lanes=16 cannot be shared evenly by 3 workers" in pretrain(way, tmp_path, corpus, "cluster.workers=3")
+    assert "data.lanes=16 are too few for 17 workers" in pretrain(way, tmp_path, corpus, "cluster.workers=17")
+    assert 'give a number of workers, or "4..16"' in pretrain(way, tmp_path, corpus, "workers=4..2")
 
 
 @pytest.fixture

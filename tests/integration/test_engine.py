@@ -44,7 +44,7 @@ def trained(workers: Any, stage: int, how: str, accumulation: int, lr: float = 1
     model = kind(kind.Config(embedding=13, hidden=17, layers=2), VOCAB)
     lanes = lanes_of(workers.rank, workers.world, LANES)
     config = EngineConfig(zero_stage=stage, accumulation=accumulation, whole_below=0, timeout_seconds=60)
-    engine = Engine(model, lambda m: optim.build(m, optim.OptimConfig()), config, workers, len(lanes), clip=0.25)
+    engine = Engine(model, lambda m: optim.build(m, optim.OptimConfig()), config, workers, LANES, clip=0.25)
     carry, said = engine.initial_carry(len(lanes)), []
     for step in range(STEPS):
         if how == "without" and step == BROKEN:
@@ -118,6 +118,12 @@ def test_every_stage_trains_the_same_and_what_is_thrown_away_leaves_no_trace(
     assert found["without/1"]["steps"] != found["plain/1"]["steps"][:-1]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_workers_with_unequal_lanes_train_the_same(tmp_path: Path, alone: dict[str, Any], stage: int) -> None:
+    """Three workers with 1, 1 and 2 of 4 lanes."""
+    assert_close(alone, result(tmp_path, 3, stage, [("plain", 1)])["plain/1"])
+
+
 def averaging(out: str, stage: int) -> None:
     """Trains with averages of the weights; writes, of every optimizer, what `averaged` gives."""
     from pretrain.engine import Workers
@@ -145,7 +151,7 @@ def with_average(workers: Any, stage: int, name: str) -> dict[str, Any]:
     def made() -> Engine:
         torch.manual_seed(1)
         model = kind(kind.Config(embedding=13, hidden=17, layers=2), VOCAB)
-        return Engine(model, lambda m: optim.build(m, told), config, workers, len(lanes), clip=0.25)
+        return Engine(model, lambda m: optim.build(m, told), config, workers, LANES, clip=0.25)
 
     def score(engine: Engine) -> list[float]:
         nll_N, _, _ = engine.score(batch_of(99, lanes), engine.initial_carry(len(lanes)))

@@ -289,8 +289,8 @@ def test_batches_made_ahead_are_those_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_lanes_that_cannot_be_shared() -> None:
-    with pytest.raises(ConfigError, match=r"data\.lanes=10 cannot be shared evenly by 4"):
-        lanes_of(0, 4, 10)
+    with pytest.raises(ConfigError, match=r"data\.lanes=3 are too few for 4 workers"):
+        lanes_of(0, 4, 3)
 
 
 def test_a_recipe_of_several_corpora_needs_shares() -> None:

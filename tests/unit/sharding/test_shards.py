@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_remote_shards_are_fetched_once_and_checked(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     split = Corpus.open(url, cache).split("train")
     assert split.n_notes == 3
-    names = sorted(path.name for path in cache.iterdir())
+    names = sorted(path.name for path in cache.glob("*.arrow"))
     assert len(names) == 2
     filesystem = fsspec.filesystem("memory")
     target = "/corpus-of-test-shards/valid-00000.arrow"
@@ -148,10 +149,27 @@ def test_remote_shards_are_fetched_once_and_checked(tmp_path: Path) -> None:
     filesystem.pipe(target, content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(DataError, match=r"valid-00000\.arrow: damaged"):
         Corpus.open(url, cache).split("valid")
-    assert sorted(path.name for path in cache.iterdir()) == names
+    assert sorted(path.name for path in cache.glob("*.arrow")) == names
     filesystem.rm("/corpus-of-test-shards/train-00000.arrow")
     filesystem.pipe("/corpus-of-test-shards/train-00000.arrow", b"\0" * (cache / names[0]).stat().st_size)
     assert Corpus.open(make(url), cache).split("train").n_notes == 3
+
+
+def test_a_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not used for the longest time goes; a mapped shard can still be read."""
+    url, cache = make("memory://corpus-of-bounded-cache"), tmp_path / "cache"
+    corpus = Corpus.open(url, cache)
+    split = corpus.split("train")
+    before = [split.tokens(note).copy() for note in range(split.n_notes)]
+    first, second = (cache / f"{shard['sha256']}.arrow" for shard in corpus.manifest["splits"]["train"]["shards"])
+    os.utime(first, (2, 2))
+    os.utime(second, (1, 1))
+    wanted = corpus.manifest["splits"]["valid"]["shards"][0]["size"]
+    monkeypatch.setenv("CHARTLM_CACHE_GB", str((first.stat().st_size + wanted) / 1e9))
+    corpus.split("valid")
+    assert first.exists()
+    assert not second.exists()
+    assert all((split.tokens(note) == tokens).all() for note, tokens in enumerate(before))
 
 
 def test_the_default_cache_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
