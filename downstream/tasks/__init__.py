@@ -5,8 +5,13 @@ each filter took, and gives labelled notes cleaned as the checkpoint's corpus wa
 """
 
 from downstream.tasks.classify import ClassifyTask
+from downstream.tasks.mortality import MortalityTask
 from downstream.tasks.readmission import ReadmissionTask
 
-Task = ReadmissionTask | ClassifyTask
+Task = ReadmissionTask | MortalityTask | ClassifyTask
 
-TASKS: dict[str, type[Task]] = {"readmission": ReadmissionTask, "classify": ClassifyTask}
+TASKS: dict[str, type[Task]] = {
+    "readmission": ReadmissionTask,
+    "mortality": MortalityTask,
+    "classify": ClassifyTask,
+}

@@ -33,6 +33,11 @@ class Filter(NamedTuple):
     patients: int
 
 
+def filtered(name: str, before: Sequence[object], patients: Sequence[str]) -> Filter:
+    """The row of a filter that left these patients (one for each thing left) of those before."""
+    return Filter(name, len(before) - len(patients), len(patients), len(set(patients)))
+
+
 def show_filters(title: str, unit: str, filters: Sequence[Filter]) -> None:
     """Prints the cohort table: the reader can see which filter took how many."""
     rows = [(f.name, f"{f.dropped:,}" if f.dropped else "", f"{f.left:,}", f"{f.patients:,}") for f in filters]

@@ -1,8 +1,11 @@
-"""Unplanned readmission within 30 days, told from the discharge summary (MIMIC-III tables).
+"""Unplanned readmission within 30 days, told from the discharge summary, or from the first notes (MIMIC-III tables).
 
     ADMISSIONS ─ label_admissions ─► index stays with labels ─┐
     PATIENTS (birth, death) ───────► minors, competing deaths ┤► examples, and a count at every filter
-    NOTEEVENTS ─ last summary ─────► one text per stay ───────┘
+    NOTEEVENTS ─ by the setting ───► one text per stay ───────┘
+
+Settings: `discharge`, the last summary; `early:48h`, all that was written in the first 48 hours of stays that last so
+long (Huang et al.'s early notes go by calendar day, up to a day longer).
 
 The estimand, as in Huang et al. 2019 (arXiv:1904.05342): an admission that ends alive is positive when the
 patient's next emergency or urgent admission begins 0 < gap < 30 days after discharge; elective ones in
@@ -19,14 +22,14 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from cluster import logs, storage
+from cluster import logs
 from cluster.config import Place, Section
 from cluster.errors import DataError
-from downstream.tasks.examples import Cohort, Example, Filter, show_filters
+from downstream.tasks import mimic
+from downstream.tasks.examples import Cohort, Example, Filter, filtered, show_filters
+from downstream.tasks.mimic import Admission, Life
 from sharding.clean import CleanConfig, clean
-from sharding.readers import csv_file
 
-TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 CLASSES = ("not readmitted", "readmitted")
 
 
@@ -48,30 +51,12 @@ PRESETS = {
 }
 
 
-class Admission(NamedTuple):
-    """A row of ADMISSIONS."""
-
-    subject: str
-    hadm: str
-    admitted: datetime
-    discharged: datetime
-    died: bool
-    kind: str
-    diagnosis: str
-
-
-class Life(NamedTuple):
-    """Birth and death of a patient; MIMIC puts the birth of people over 89 some 300 years back."""
-
-    born: datetime
-    died: datetime | None
-
-
 class Stay(NamedTuple):
     """An index admission with its label. `discharged` is the end of the whole episode."""
 
     subject: str
     hadm: str
+    admitted: datetime
     discharged: datetime
     label: int
 
@@ -82,71 +67,41 @@ class ReadmissionTask(Section):
     name: Literal["readmission"] = "readmission"
     tables: Place = Field(description="folder or URL of the MIMIC-III tables")
     preset: Literal["clinicalbert", "default", "pyhealth15"] = "clinicalbert"
+    setting: str = Field("discharge", pattern=r"^(discharge|early:[1-9]\d*h)$", description="or early:48h, early:72h")
 
     def cohort(self, config: CleanConfig) -> Cohort:
-        """Labelled discharge summaries, by patient and time. Raises DataError for tables that give none."""
-        admissions = read_admissions(table_url(self.tables, "ADMISSIONS"))
-        lives = read_lives(table_url(self.tables, "PATIENTS"))
+        """Labelled texts, by patient and time. Raises DataError for tables that give none."""
+        admissions = mimic.read_admissions(mimic.table_url(self.tables, "ADMISSIONS"))
+        lives = mimic.read_lives(mimic.table_url(self.tables, "PATIENTS"))
         rules = PRESETS[self.preset]
         stays, filters = label_admissions(admissions, lives, rules)
-        texts = discharge_summaries(table_url(self.tables, "NOTEEVENTS"), stays)
+        notes = mimic.table_url(self.tables, "NOTEEVENTS")
+        if self.setting == "discharge":
+            missing = "discharge summary"
+            texts = mimic.discharge_summaries(notes, {stay.hadm: stay.discharged for stay in stays})
+        else:
+            hours = timedelta(hours=int(self.setting[len("early:") : -1]))
+            there = [stay for stay in stays if stay.discharged - stay.admitted >= hours]
+            filters.append(filtered(f"shorter than {self.setting[6:-1]} hours", stays, [s.subject for s in there]))
+            stays, missing = there, "note by then"
+            read = mimic.notes_until(notes, {stay.hadm: stay.admitted + hours for stay in stays})
+            texts = {hadm: "\n\n".join(note.text for note in kept) for hadm, kept in read.items()}
         examples = []
         for stay in stays:
             if (text := clean(texts.get(stay.hadm, ""), config)).strip():
                 examples.append(Example(stay.hadm, stay.subject, text, stay.label))
-        filters.append(_filter("no discharge summary", stays, [e.patient_id for e in examples]))
+        filters.append(filtered(f"no {missing}", stays, [e.patient_id for e in examples]))
         positives = sum(example.label for example in examples)
-        show_filters(f"readmission within {rules.window_days:g} days ({self.preset})", "admissions", filters)
+        what = f"readmission within {rules.window_days:g} days ({self.preset}, {self.setting})"
+        show_filters(what, "admissions", filters)
         dead, negative = competing_deaths(stays, lives, rules.window_days)
         logs.say(
             f"{positives:,} of {len(examples):,} are readmitted; death follows {dead:,} of {len(stays):,} stays"
             f" within the window, {negative:,} without a readmission: these count as not readmitted"
         )
         if not examples:
-            raise DataError(f"{self.tables}: no index admission has a discharge summary in NOTEEVENTS; check HADM_ID")
+            raise DataError(f"{self.tables}: no index admission has a {missing} in NOTEEVENTS; check HADM_ID")
         return Cohort(examples, CLASSES)
-
-
-def table_url(folder: str, table: str) -> str:
-    """URL of a table: `NOTEEVENTS.csv`, `noteevents.csv.gz`, … Raises DataError where it is not there."""
-    found = [
-        name for name in storage.names(folder) if name.lower() in (f"{table.lower()}.csv", f"{table.lower()}.csv.gz")
-    ]
-    if len(found) != 1:
-        what = f"{' and '.join(found)} are both there; keep one" if found else "it is not there; check task.tables"
-        raise DataError(f"{folder}: {table}.csv or {table}.csv.gz is needed: {what}")
-    return storage.join(folder, found[0])
-
-
-def read_admissions(url: str) -> list[Admission]:
-    """The rows of ADMISSIONS. A stay without a discharge time has not ended and is not returned."""
-    columns = ["SUBJECT_ID", "HADM_ID", "ADMITTIME", "DISCHTIME", "DEATHTIME", "ADMISSION_TYPE",
-               "HOSPITAL_EXPIRE_FLAG", "DIAGNOSIS"]  # fmt: skip
-    found = []
-    for subject, hadm, admitted, discharged, death, kind, expired, diagnosis in csv_file.rows(url, columns):
-        if discharged:
-            start = _time(admitted, url, "ADMITTIME", hadm)
-            end = _time(discharged, url, "DISCHTIME", hadm)
-            died = expired == "1" or death != ""
-            found.append(Admission(subject, hadm, start, end, died, kind.upper(), diagnosis.upper()))
-    if not found:
-        raise DataError(f"{url}: no admissions; the table is empty")
-    return found
-
-
-def read_lives(url: str) -> dict[str, Life]:
-    """Birth and death by SUBJECT_ID, from PATIENTS."""
-    return {
-        subject: Life(_time(born, url, "DOB", subject), _time(died, url, "DOD", subject) if died else None)
-        for subject, born, died in csv_file.rows(url, ["SUBJECT_ID", "DOB", "DOD"])
-    }
-
-
-def _time(text: str, url: str, column: str, row: str) -> datetime:
-    try:
-        return datetime.strptime(text, TIME_FORMAT)
-    except ValueError:
-        raise DataError(f"{url}: {column} of {row} is not a time like 2150-01-31 08:00:00") from None
 
 
 def label_admissions(
@@ -158,11 +113,11 @@ def label_admissions(
     into the later one, which inherits the later end. ClinicalBERT's code calls such a pair a readmission.
     """
     rows = sorted(admissions, key=lambda a: (a.subject, a.admitted, a.discharged, a.hadm))
-    filters = [_filter("all admissions", rows, [a.subject for a in rows])]
+    filters = [filtered("all admissions", rows, [a.subject for a in rows])]
 
     def keep(name: str, wanted: Callable[[Admission], bool], among: list[Admission]) -> list[Admission]:
         left = [a for a in among if wanted(a)]
-        filters.append(_filter(name, among, [a.subject for a in left]))
+        filters.append(filtered(name, among, [a.subject for a in left]))
         return left
 
     rows = keep("discharged before admitted", lambda a: a.discharged >= a.admitted, rows)
@@ -189,7 +144,7 @@ def label_admissions(
         index = keep("no later admission", lambda a: a.hadm in next_of, index)
     window = timedelta(days=rules.window_days)
     return [
-        Stay(a.subject, a.hadm, end_of[a.hadm],
+        Stay(a.subject, a.hadm, a.admitted, end_of[a.hadm],
              int(a.hadm in next_of and next_of[a.hadm] - end_of[a.hadm] < window))
         for a in index
     ], filters  # fmt: skip
@@ -217,10 +172,6 @@ def _episodes(rows: Sequence[Admission], rules: Rules) -> tuple[dict[str, dateti
     return next_of, end_of
 
 
-def _filter(name: str, before: Sequence[object], patients: Sequence[str]) -> Filter:
-    return Filter(name, len(before) - len(patients), len(patients), len(set(patients)))
-
-
 def competing_deaths(stays: Sequence[Stay], lives: Mapping[str, Life], window_days: float) -> tuple[int, int]:
     """(stays followed by death within the window, those of them that were not readmitted before it).
 
@@ -232,31 +183,3 @@ def competing_deaths(stays: Sequence[Stay], lives: Mapping[str, Life], window_da
         if died and (died.date() - stay.discharged.date()).days < window_days:
             dying.append(stay)
     return len(dying), sum(not stay.label for stay in dying)
-
-
-def discharge_summaries(url: str, stays: Sequence[Stay]) -> dict[str, str]:
-    """The summaries by HADM_ID: the last Report of a stay by (CHARTDATE, ROW_ID), then its addenda.
-
-    Addenda dated later than a day after discharge are left out: they may know of the readmission. Notes that
-    the hospital marked as errors (ISERROR = 1) are skipped. One pass; only the texts of these stays are held.
-    """
-    last_day = {stay.hadm: (stay.discharged + timedelta(days=1)).date().isoformat() for stay in stays}
-    reports: dict[str, tuple[tuple[str, int], str]] = {}
-    addenda: dict[str, list[tuple[tuple[str, int], str]]] = {}
-    columns = ["HADM_ID", "CATEGORY", "ISERROR", "DESCRIPTION", "CHARTDATE", "ROW_ID", "TEXT"]
-    for hadm, category, error, description, day, row, text in csv_file.rows(url, columns):
-        if hadm not in last_day or category.strip().lower() != "discharge summary" or error == "1":
-            continue
-        if not row.isdigit():
-            raise DataError(f"{url}: ROW_ID of a note of HADM_ID {hadm} is not a number; check the table's columns")
-        note = ((day[:10], int(row)), text)
-        if description.strip().lower() == "addendum":
-            if day[:10] <= last_day[hadm]:
-                addenda.setdefault(hadm, []).append(note)
-        elif hadm not in reports or note[0] > reports[hadm][0]:
-            reports[hadm] = note
-    texts = {}
-    for hadm, (_, report) in reports.items():
-        parts = [report, *(text for _, text in sorted(addenda.get(hadm, [])))]
-        texts[hadm] = "\n\n".join(dict.fromkeys(parts))  # an addendum filed twice is read once
-    return texts

@@ -8,18 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import DataError
+from cluster import config
+from cluster.errors import ConfigError, DataError
+from downstream.tasks.mimic import Admission, Life, discharge_summaries, read_admissions, read_lives
 from downstream.tasks.readmission import (
     PRESETS,
-    Admission,
-    Life,
     ReadmissionTask,
     Rules,
     competing_deaths,
-    discharge_summaries,
     label_admissions,
-    read_admissions,
-    read_lives,
 )
 from sharding.clean import CleanConfig
 
@@ -110,7 +107,7 @@ def test_default_preset_leaves_out_minors_and_organ_donors() -> None:
     assert label_admissions([stay("a", 0, 5)], young, PRESETS["default"])[0] == []
 
 
-def write_tables(folder: Path, notes: list[str]) -> str:
+def write_tables(folder: Path, notes: list[str], dates: str = "chartdate") -> str:
     """A patient with two stays in lower-case tables; `notes` are rows of NOTEEVENTS."""
     (folder / "admissions.csv").write_text(
         "row_id,subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,diagnosis,"
@@ -119,8 +116,8 @@ def write_tables(folder: Path, notes: list[str]) -> str:
         "2,7,101,2150-01-20 00:00:00,2150-01-25 00:00:00,,EMERGENCY,X,0\n"
     )
     (folder / "PATIENTS.csv").write_text("subject_id,dob,dod\n7,2100-01-01 00:00:00,\n")
-    header = "row_id,subject_id,hadm_id,chartdate,category,description,iserror,text"
-    (folder / "NOTEEVENTS.csv").write_text("\n".join([header, *notes]) + "\n")
+    columns = f"row_id,subject_id,hadm_id,{dates},category,description,iserror,text"
+    (folder / "NOTEEVENTS.csv").write_text("\n".join([columns, *notes]) + "\n")
     return str(folder)
 
 
@@ -168,4 +165,35 @@ def test_missing_table_and_bad_time_are_one_line(tmp_path: Path) -> None:
 
 def test_summary_of_other_stays_is_not_held(tmp_path: Path) -> None:
     tables = write_tables(tmp_path, ["18,7,999,2150-01-25,Discharge summary,Report,,other"])
-    assert discharge_summaries(f"{tables}/NOTEEVENTS.csv", []) == {}
+    assert discharge_summaries(f"{tables}/NOTEEVENTS.csv", {}) == {}
+
+
+EARLY = [
+    "3,7,100,2150-01-02,2150-01-02 23:59:00,Nursing,Report,,second",
+    "1,7,100,2150-01-01,2150-01-01 08:00:00,Physician,Report,,first",
+    "4,7,100,2150-01-03,2150-01-03 00:01:00,Nursing,Report,,too late",
+    "5,7,100,2150-01-02,,ECG,Report,,its day is over",
+    "6,7,100,2150-01-03,,ECG,Report,,its day is not over",
+    "7,7,100,2150-01-02,2150-01-02 10:00:00,Nursing,Report,1,an error",
+    "8,7,100,2150-01-02,2150-01-02 10:00:00,Discharge summary,Report,,knows all",
+    "9,7,100,2150-01-02,2150-01-02 11:00:00,Physician,Report,,first",
+    "10,7,,2150-01-01,2150-01-01 10:00:00,Physician,Report,,of no stay",
+]
+
+
+def test_early_notes_are_those_that_were_there(tmp_path: Path) -> None:
+    """A planted late note is not read, nor one of which only the day is known and that day is not over."""
+    tables = write_tables(tmp_path, EARLY, "chartdate,charttime")
+    cohort = ReadmissionTask(tables=tables, setting="early:48h").cohort(CleanConfig())
+    assert [(e.example_id, e.text, e.label) for e in cohort.examples] == [
+        ("100", "first\n\nsecond\n\nits day is over", 1)
+    ]
+    later = ReadmissionTask(tables=tables, setting="early:72h").cohort(CleanConfig())
+    assert [e.text for e in later.examples] == ["first\n\nsecond\n\nits day is over\n\ntoo late\n\nits day is not over"]
+    with pytest.raises(DataError, match="no index admission has a note by then"):  # four and five days long
+        ReadmissionTask(tables=tables, setting="early:121h").cohort(CleanConfig())
+
+
+def test_a_setting_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"setting: String should match pattern"):
+        config.validate(ReadmissionTask, {"tables": "x", "setting": "early"}, "recipe")
