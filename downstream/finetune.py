@@ -10,10 +10,10 @@ end. OUT holds
     recipe.toml      the resolved recipe
     run.json         what the folder belongs to: recipe, checkpoint
     predictions.csv  the test set: ids, label, probability by the model and by the baseline; no text
-    roc.png          the ROC curves (two classes)
+    curves.png       ROC, precision and recall, reliability (two classes)
     metrics.json     every number of the table; written last: where it is, the work is done
 
-The classes are balanced in training, so probabilities are as if all classes were equally common: they rank.
+The classes are balanced in training; what the probabilities mean is learned on validation (calibration.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from downstream import report
 from downstream.baseline import labels_of, tfidf_regression
+from downstream.calibration import calibrate
 from downstream.classifier import HeadConfig, NoteClassifier, Notes
 from downstream.metrics import Floats
 from downstream.tasks import Task
@@ -67,15 +68,19 @@ def main(args: list[str]) -> None:
     check(splits, cohort.classes)
     report.show_splits(splits, cohort.classes)
     baseline = tfidf_regression(splits)
-    probabilities_NK, histories = predict(recipe, trained, splits, len(cohort.classes))
+    by_model, histories = predict(recipe, trained, splits, len(cohort.classes))
+    said = {"model": by_model, "baseline": baseline.probabilities}
+    valid_N = labels_of(splits["valid"])
+    learned = {name: calibrate(valid_N, by_split["valid"]) for name, by_split in said.items()}
     facts = {
         "task": recipe.task.name,
         "step": trained.step,
         "corpus": trained.corpus_fingerprint,
         "baseline_strength": baseline.strength,
+        "calibration": {name: one._asdict() for name, one in learned.items()},
         "epochs": [[one._asdict() for one in history] for history in histories],
     }
-    systems = {"model": probabilities_NK, "baseline": baseline.probabilities["test"]}
+    systems = {name: learned[name](by_split["test"]) for name, by_split in said.items()}
     report.write(out, facts, cohort.classes, splits, systems, recipe.bootstrap_draws)
 
 
@@ -132,8 +137,8 @@ def check(splits: Mapping[str, Sequence[Example]], classes: Sequence[str]) -> No
 
 def predict(
     recipe: FinetuneRecipe, trained: Trained, splits: Mapping[str, Sequence[Example]], classes: int
-) -> tuple[Floats, list[list[Epoch]]]:
-    """Probabilities [N, K] of the test notes, the mean over seeds, and the epochs of every seed."""
+) -> tuple[dict[str, Floats], list[list[Epoch]]]:
+    """Probabilities [N, K] of the notes of `valid` and `test`, the mean over seeds, and the epochs of every seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained.model.to(device)
     stages = recipe.stages
@@ -143,7 +148,7 @@ def predict(
     learned = tokens["train"] + tokens["valid"]
     kept = 4 * learned * reader.width < stages.cache_mb * 10**6
     per_seed = learned * stages.epochs_head // (10 if kept else 1)
-    per_seed += learned * (stages.epochs_top + stages.epochs_all) + tokens["test"]
+    per_seed += learned * (stages.epochs_top + stages.epochs_all) + tokens["valid"] + tokens["test"]
     total = (learned if kept else 0) + len(recipe.seeds) * per_seed
     done, said = 0, ""
     with logs.progress("fine-tuning", total) as show:
@@ -157,15 +162,17 @@ def predict(
         for name in SPLITS:
             states = read_states(reader, notes[name], stages, advance) if kept and name != "test" else None
             data[name] = Labelled(notes[name], labels_of(splits[name]), states)
-        histories, drawn = [], []
+        histories: list[list[Epoch]] = []
+        drawn: dict[str, list[Floats]] = {"valid": [], "test": []}
         for seed in recipe.seeds:
             classifier = build(trained, classes, recipe.head, seed)
             histories.append(fine_tune(classifier, data["train"], data["valid"], stages, seed, advance))
-            drawn.append(probabilities(classifier, data["test"], False, stages, advance))
+            for name, found in drawn.items():
+                found.append(probabilities(classifier, data[name], False, stages, advance))
     for seed, history in zip(recipe.seeds, histories, strict=True):
         best = next(one for one in history if one.kept)
         logs.say(f"seed {seed}: stage {best.stage} is the best on validation: {best.validation:.3f}")
-    return np.mean(drawn, axis=0), histories
+    return {name: np.mean(found, axis=0) for name, found in drawn.items()}, histories
 
 
 def encode(trained: Trained, examples: Sequence[Example], max_tokens: int) -> Notes:

@@ -54,6 +54,13 @@ def auroc(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
     return float(np.sum(np.diff(false_N) * (true_N[1:] + true_N[:-1]) / 2))
 
 
+def precision_recall(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> tuple[Floats, Floats]:
+    """(recalls, precisions) at every distinct score, from the highest down."""
+    positives, negatives = _curve(labels_N, scores_N, weights_N)
+    seen = positives + negatives > 0
+    return positives[seen] / positives[-1], positives[seen] / (positives + negatives)[seen]
+
+
 def auprc(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
     """Average precision, Σ recall step · precision (the trapezoid flatters); chance is the prevalence."""
     if not _both(labels_N, weights_N):
@@ -82,7 +89,71 @@ def macro_f1(labels_N: Ints, scores_NK: Floats, weights_N: Floats) -> float:
     return float(np.mean(2 * hits[total > 0] / total[total > 0]))
 
 
-BINARY: Mapping[str, Metric] = {"auroc": auroc, "auprc": auprc}
+def rp80(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+    """Recall at a precision of 80% (Huang et al. 2019, arXiv:1904.05342): the largest at any threshold; 0 at none."""
+    if not _both(labels_N, weights_N):
+        return math.nan
+    positives, negatives = _curve(labels_N, scores_N, weights_N)
+    good = positives * 0.2 >= negatives * 0.8 * (1 - 1e-9)
+    return float((positives[good & (positives > 0)] / positives[-1]).max(initial=0.0))
+
+
+def sensitivity_90(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+    """Sensitivity at a specificity of at least 90%."""
+    if not _both(labels_N, weights_N):
+        return math.nan
+    false_N, true_N = roc(labels_N, scores_N, weights_N)
+    return float(true_N[false_N <= 0.1 + 1e-9].max())
+
+
+def brier(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+    """Mean squared difference of probability and truth; lower is better."""
+    return float(np.average((scores_N - labels_N) ** 2, weights=weights_N))
+
+
+def ece(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+    """Expected calibration error over bins of equal weight: how far probabilities are from frequencies, on average."""
+    bins = reliability(labels_N, scores_N, weights_N)
+    return float(sum(share * abs(said - seen) for said, seen, share in bins))
+
+
+def reliability(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> list[tuple[float, float, float]]:
+    """(mean probability, share of positives, share of the weight) of `BINS` bins of equal weight, by probability."""
+    order = np.argsort(scores_N, kind="stable")
+    weights = weights_N[order]
+    middle = np.cumsum(weights) - weights / 2
+    bin_N = np.minimum((BINS * middle / weights.sum()).astype(int), BINS - 1)
+    mass = np.bincount(bin_N, weights, BINS)
+    said = np.bincount(bin_N, weights * scores_N[order], BINS)
+    seen = np.bincount(bin_N, weights * labels_N[order], BINS)
+    return [(said[b] / mass[b], seen[b] / mass[b], mass[b] / mass.sum()) for b in range(BINS) if mass[b]]
+
+
+def _one_to_one(metric: Metric) -> Metric:
+    """The metric as it would be with as many positives as negatives: the negatives weigh less."""
+
+    def balanced(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+        if not _both(labels_N, weights_N):
+            return math.nan
+        share = weights_N[labels_N == 1].sum() / weights_N[labels_N == 0].sum()
+        return metric(labels_N, scores_N, np.where(labels_N == 1, weights_N, weights_N * share))
+
+    return balanced
+
+
+BINS = 15
+# ClinicalBERT's test set is balanced 1:1, where precision says nothing of a hospital: its numbers compare with the
+# last two only.
+BINARY: Mapping[str, Metric] = {
+    "auroc": auroc,
+    "auprc": auprc,
+    "rp80": rp80,
+    "sensitivity_90": sensitivity_90,
+    "brier": brier,
+    "ece": ece,
+    "auprc_balanced": _one_to_one(auprc),
+    "rp80_balanced": _one_to_one(rp80),
+}
 MULTICLASS: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
 
 

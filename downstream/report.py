@@ -1,4 +1,4 @@
-"""What fine-tuning shows and leaves behind: tables, predictions.csv, roc.png, and metrics.json last."""
+"""What fine-tuning shows and leaves behind: tables, predictions.csv, curves.png, and metrics.json last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster import logs, storage
 from downstream.baseline import labels_of
-from downstream.metrics import Floats, Interval, evaluate, roc
+from downstream.metrics import Floats, Interval, evaluate, precision_recall, reliability, roc
 from downstream.tasks.examples import Example
 
 SEED = 20180118  # of the bootstrap draws: two runs on one test set see the same ones
@@ -22,7 +22,18 @@ SYSTEMS = {
     "model - baseline": "difference, paired",
     "model - majority": "difference to majority",
 }
-NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
+NAMES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "rp80": "recall at precision 80%",
+    "sensitivity_90": "sensitivity at specificity 90%",
+    "brier": "Brier (low is good)",
+    "ece": "calibration error (low)",
+    "auprc_balanced": "AUPRC were it 1:1",
+    "rp80_balanced": "recall at precision 80%, 1:1",
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+}
 
 Splits = Mapping[str, Sequence[Example]]
 
@@ -58,21 +69,16 @@ def write(
         systems = {**systems, "majority": np.eye(len(classes))[np.full(len(test), common)]}
     scores = evaluate(labels_N, systems, [example.patient_id for example in test], draws, SEED)
     metrics = list(scores["model"])
-    rows = [
-        [SYSTEMS.get(system, system), *(str(values[name]) for name in metrics)] for system, values in scores.items()
-    ]
+    title = f"test: {len(test):,} notes; 95% intervals over {draws:,} draws of patients"
     if len(classes) == 2:
-        rows.append(["chance", "0.500", f"{labels_N.mean():.3f}"])
-    logs.table(
-        f"test: {len(test):,} notes; 95% intervals over {draws:,} draws of patients",
-        ["", *(NAMES[name] for name in metrics)],
-        rows,
-    )
+        title += f"; {labels_N.mean():.1%} are {classes[1]!r}, which is the AUPRC of chance"
+    rows = [[NAMES[name], *(str(values[name]) for values in scores.values())] for name in metrics]
+    logs.table(title, ["", *(SYSTEMS.get(system, system) for system in scores)], rows)
     counts: dict[str, Any] = {f"n_{name}": len(examples) for name, examples in splits.items()}
     counts |= {f"patients_{name}": len({e.patient_id for e in examples}) for name, examples in splits.items()}
     if len(classes) == 2:
         counts["positives"] = int(labels_N.sum())
-        storage.write_bytes(storage.join(out, "roc.png"), _roc_png(labels_N, systems, scores))
+        storage.write_bytes(storage.join(out, "curves.png"), _curves_png(labels_N, systems, scores))
     storage.write_bytes(storage.join(out, "predictions.csv"), _predictions(test, classes, systems))
     numbers = {key: value for system, values in scores.items() for key, value in _flat(system, values).items()}
     storage.write_json(storage.join(out, "metrics.json"), {**facts, "classes": list(classes), **counts, **numbers})
@@ -107,17 +113,29 @@ def _predictions(test: Sequence[Example], classes: Sequence[str], systems: Mappi
     return written.getvalue().encode()
 
 
-def _roc_png(labels_N: Any, systems: Mapping[str, Floats], scores: Mapping[str, Mapping[str, Interval]]) -> bytes:
+def _curves_png(labels_N: Any, systems: Mapping[str, Floats], scores: Mapping[str, Mapping[str, Interval]]) -> bytes:
+    """ROC, precision over recall, and reliability, side by side."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    figure = Figure(figsize=(4.5, 4.5), layout="constrained")  # no pyplot: it needs no display and keeps no state
-    axes = figure.subplots()
+    figure = Figure(figsize=(13, 4.5), layout="constrained")  # no pyplot: it needs no display and keeps no state
+    left, middle, right = figure.subplots(1, 3)
+    ones = np.ones(len(labels_N))
     for system, p_NK in systems.items():
-        false_N, true_N = roc(labels_N, p_NK[:, 1], np.ones(len(labels_N)))
-        axes.plot(false_N, true_N, label=f"{system}, AUROC {scores[system]['auroc']}")
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(loc="lower right", fontsize=8)
+        false_N, true_N = roc(labels_N, p_NK[:, 1], ones)
+        left.plot(false_N, true_N, label=f"{system}, AUROC {scores[system]['auroc']}")
+        recall_N, precision_N = precision_recall(labels_N, p_NK[:, 1], ones)
+        middle.plot(recall_N, precision_N, label=f"{system}, AUPRC {scores[system]['auprc']}")
+        said, seen, _ = zip(*reliability(labels_N, p_NK[:, 1], ones), strict=True)
+        right.plot(said, seen, marker="o", markersize=3, label=f"{system}, error {scores[system]['ece']}")
+    for axes in (left, right):
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    middle.axhline(labels_N.mean(), color="grey", linewidth=0.8, linestyle=":")
+    left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC")
+    middle.set(xlabel="recall", ylabel="precision", title="precision and recall")
+    right.set(xlabel="probability that was said", ylabel="share that came true", title="reliability")
+    for axes, place in ((left, "lower right"), (middle, "upper right"), (right, "upper left")):
+        axes.set(aspect="equal", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(loc=place, fontsize=8)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     return drawn.getvalue()

@@ -12,6 +12,7 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from downstream import finetune
+from downstream.metrics import BINARY
 from downstream.tasks import TASKS
 from downstream.tasks.classify import ClassifyTask
 from downstream.tasks.examples import Example
@@ -68,13 +69,13 @@ def test_from_csv_to_metrics(tiny: Path, classes: int, capsys: pytest.CaptureFix
     out = tiny / f"out{classes}"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["n_train"] + metrics["n_valid"] + metrics["n_test"] == 120
-    names = ["auroc", "auprc"] if classes == 2 else ["accuracy", "macro_f1"]
+    names = [*BINARY] if classes == 2 else ["accuracy", "macro_f1"]
     for prefix in ["", "baseline_", "difference_"] + (["majority_"] if classes == 3 else []):
         for name in names:
             value, low, high = (metrics[f"{prefix}{name}{end}"] for end in ("", "_low", "_high"))
             assert low <= value <= high
     assert metrics[f"baseline_{names[0]}"] > 0.9  # a bag of words sees the colour
-    assert (out / "roc.png").exists() is (classes == 2)
+    assert (out / "curves.png").exists() is (classes == 2)
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     assert len(rows) == metrics["n_test"]
     assert all(0 <= float(row["model_probability"]) <= 1 for row in rows)
