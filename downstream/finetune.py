@@ -36,7 +36,7 @@ from downstream.metrics import Floats
 from downstream.tasks import Task
 from downstream.tasks.examples import Cohort, Example
 from downstream.unfreezing import Epoch, Labelled, StagesConfig, fine_tune, probabilities, read_states
-from pretrain.run import Trained, load_trained
+from pretrain.run import Trained, hashed, load_trained
 from sharding.splits import SplitConfig, split_of
 
 SPLITS = ("train", "valid", "test")
@@ -49,6 +49,7 @@ class FinetuneRecipe(Section):
     out: Place | None = Field(None, description="where the results go; RUN/finetune/TASK if not given")
     task: Task = Field(discriminator="name")
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="one classifier each; their mean predicts")
+    others: bool = Field(False, description="patients with ids as in the corpus are other people")
     max_tokens: int = Field(4096, ge=1, description="of longer notes only the last tokens are read")
     head: HeadConfig = HeadConfig()
     stages: StagesConfig = StagesConfig()
@@ -66,6 +67,8 @@ def main(args: list[str]) -> None:
     cohort = recipe.task.cohort(trained.clean)
     splits = split(cohort, trained.splits)
     check(splits, cohort.classes)
+    if not recipe.others:
+        check_unseen(splits, trained)
     report.show_splits(splits, cohort.classes)
     baseline = tfidf_regression(splits)
     by_model, histories = predict(recipe, trained, splits, len(cohort.classes))
@@ -133,6 +136,23 @@ def check(splits: Mapping[str, Sequence[Example]], classes: Sequence[str]) -> No
                     f"no {name} note has the class {wanted!r} ({len(examples)} notes in all);"
                     " more patients or a larger share of [splits] in the shard recipe are needed"
                 )
+
+
+def check_unseen(splits: Mapping[str, Sequence[Example]], trained: Trained) -> None:
+    """Raises DataError where the language model has read what it will be scored on: a patient of the test set whom it
+    was trained or validated on, or one of the validation set whom it was trained on.
+
+    In Huang et al.'s first version test notes were in the pretraining; that was worth about 0.05 AUROC.
+    """
+    for name, read in (("test", ("train", "valid")), ("valid", ("train",))):
+        seen = frozenset[str]().union(*(trained.patients.get(split, frozenset()) for split in read))
+        ids = {example.patient_id for example in splits[name]}
+        if known := sorted(patient for patient in ids if hashed(patient) in seen):
+            raise DataError(
+                f"{trained.run}: {len(known):,} of the {len(ids):,} patients of {name} (such as {known[0]}) are among "
+                "those whose notes the language model has read; shard with the same [splits] as here, or set "
+                "others=true where the same ids are other people"
+            )
 
 
 def predict(

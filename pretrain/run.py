@@ -1,6 +1,6 @@
 """Run directories: what a training run leaves behind, and how a finished model is opened again.
 
-    recipe.toml metrics.jsonl run.json tokenizer.model checkpoints/ samples/ plots/ wandb/
+    recipe.toml metrics.jsonl run.json patients.json tokenizer.model checkpoints/ samples/ plots/ wandb/
 
 `run.json` is written once, when the run begins: the W&B run id of its whole life, and what the run belongs to. The
 same command again goes on; another recipe is refused.
@@ -9,10 +9,11 @@ same command again goes on; another recipe is refused.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from sharding.shards import Corpus
 from sharding.splits import SplitConfig
 from sharding.tokenizer import Tokenizer
 
-FILE = "run.json"
+FILE, PATIENTS = "run.json", "patients.json"
 # Keys that do not change what is learned; they may differ when a run goes on.
 FREE_KEYS = (
     *("run_dir", "tracking", "cluster", "engine"),
@@ -97,8 +98,36 @@ def enter(run: str, recipe: config.Section, corpora: Sequence[Corpus]) -> dict[s
         storage.join(run, "tokenizer.model"), storage.read_bytes(storage.join(corpus.url, "tokenizer.model"))
     )
     storage.write_bytes(storage.join(run, "recipe.toml"), config.to_toml(recipe))
+    storage.write_json(storage.join(run, PATIENTS), _patients(corpora, dumped.get("init_from")))
     storage.write_json(place, begun)
     return begun
+
+
+def hashed(patient: str) -> str:
+    """What stands for a patient in `patients.json`: 16 hex digits. Who knows all numbers of a hospital can undo it."""
+    return hashlib.sha256(f"chartlm {patient}".encode()).hexdigest()[:16]
+
+
+def _patients(corpora: Sequence[Corpus], source: str | None) -> dict[str, list[str]]:
+    """Whom this run, and the run whose weights it begins with, has read, to train and to validate."""
+    read = known_patients(source) if source else {}
+    found = {}
+    for split in ("train", "valid"):
+        here = {
+            hashed(patient)
+            for corpus in corpora
+            if corpus.manifest["splits"].get(split, {}).get("notes")
+            for patient in corpus.split(split).patients()
+        }
+        found[split] = sorted(here | read.get(split, frozenset()))
+    return found
+
+
+def known_patients(run: str) -> dict[str, frozenset[str]]:
+    """Hashed ids of the patients that a run has read, by split; empty for a run that did not keep them."""
+    place = storage.join(run, PATIENTS)
+    kept = storage.read_json(place) if storage.exists(place) else {}
+    return {split: frozenset(names) for split, names in kept.items()}
 
 
 def _source(run: str) -> dict[str, str]:
@@ -153,6 +182,7 @@ class Trained:
     splits: SplitConfig
     recipe: dict[str, Any]
     corpus_fingerprint: str
+    patients: dict[str, frozenset[str]] = field(default_factory=dict)  # hashed, by split of the corpus
 
     @property
     def backward(self) -> bool:
@@ -201,4 +231,5 @@ def load_trained(run: str, changes: dict[str, Any] | None = None) -> Trained:
         splits=config.validate(SplitConfig, about["text"]["splits"], run),
         recipe=recipe,
         corpus_fingerprint=about["identity"]["corpus"],
+        patients=known_patients(run),
     )

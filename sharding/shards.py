@@ -278,6 +278,10 @@ class Split:
         known[alone] = known.max(initial=-1) + 1 + np.arange(alone.sum())
         return known
 
+    def patients(self) -> list[str]:
+        """Every patient once; notes without one have no part in it."""
+        return [name for name in self._strings("patient_id").unique().to_pylist() if name is not None]
+
     @functools.cached_property
     def time_order(self) -> np.ndarray:
         """Place of every note among all by time, int64; those without a time first, equal ones in manifest order."""

@@ -12,7 +12,7 @@ from ranks import run_on_ranks
 from cluster import config, storage, tracking
 from cluster.errors import ConfigError, StorageError, TrainingError
 from pretrain import checkpoint, train
-from pretrain.run import load_trained
+from pretrain.run import hashed, known_patients, load_trained
 from pretrain.train import TrainRecipe
 
 
@@ -104,7 +104,10 @@ def test_alone_leaves_no_trace_in_the_environment(finished: Path, corpus: str) -
 
 def test_files_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names >= {"recipe.toml", "metrics.jsonl", "run.json", "tokenizer.model", "checkpoints"}
+    assert names >= {"recipe.toml", "metrics.jsonl", "run.json", "patients.json", "tokenizer.model", "checkpoints"}
+    read = known_patients(str(finished))
+    assert {split: len(patients) for split, patients in read.items()} == {"train": 60, "valid": 12}
+    assert hashed("train-0-0") in read["train"]
     assert storage.names(str(finished / "checkpoints")) == ["step-00000004", "step-00000008", "step-00000012"]
 
 

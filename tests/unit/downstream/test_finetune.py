@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from downstream.tasks import TASKS
 from downstream.tasks.classify import ClassifyTask
 from downstream.tasks.examples import Example
 from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
-from pretrain.run import Trained
+from pretrain.run import Trained, hashed
 from sharding.clean import CleanConfig
 from sharding.splits import SplitConfig
 from sharding.tokenizer import Tokenizer, TokenizerConfig, train
@@ -132,6 +133,38 @@ def test_patient_in_two_splits_stops_the_run() -> None:
     }
     with pytest.raises(DataError, match="patient q is in train and in test"):
         finetune.check(splits, ("a", "b"))
+
+
+def test_patient_whom_the_language_model_has_read_stops_the_run(tiny: Path) -> None:
+    opened = finetune.load_trained("run")
+    splits = {
+        "train": [Example("1", "p", "", 0)],
+        "valid": [Example("2", "q", "", 0)],
+        "test": [Example("3", "r", "", 0), Example("4", "s", "", 1)],
+    }
+
+    def read(**patients: str) -> Trained:
+        return replace(opened, patients={split: frozenset(map(hashed, ids)) for split, ids in patients.items()})
+
+    for harmless in (read(), read(train="px", valid="pq", test="rs")):
+        finetune.check_unseen(splits, harmless)
+    for leak, said in (
+        (read(train="pr"), r"1 of the 2 patients of test \(such as r\)"),
+        (read(train="p", valid="rs"), r"2 of the 2 patients of test \(such as r\)"),
+        (read(train="q"), r"1 of the 1 patients of valid \(such as q\)"),
+    ):
+        with pytest.raises(DataError, match=f"{said} are among those whose notes the language model has read"):
+            finetune.check_unseen(splits, leak)
+
+
+def test_a_leak_stops_the_verb(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = finetune.load_trained("run")
+    everyone = frozenset(hashed(f"p{n}") for n in range(60))
+    monkeypatch.setattr(finetune, "load_trained", lambda run: replace(opened, patients={"train": everyone}))
+    with pytest.raises(DataError, match="the language model has read"):
+        finetune.main(arguments(tiny, 2))
+    finetune.main([word.replace("/out2", "/others") for word in arguments(tiny, 2, "others=true")])
+    assert (tiny / "others/metrics.json").exists()
 
 
 def test_split_without_both_classes_stops_the_run() -> None:
