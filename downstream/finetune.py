@@ -28,7 +28,7 @@ from pydantic import Field
 from cluster import config, logs, storage
 from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
-from downstream import report
+from downstream import leakage, report
 from downstream.baseline import labels_of, tfidf_regression
 from downstream.calibration import calibrate
 from downstream.classifier import HeadConfig, NoteClassifier, Notes
@@ -36,7 +36,7 @@ from downstream.metrics import Floats
 from downstream.tasks import Task
 from downstream.tasks.examples import Cohort, Example
 from downstream.unfreezing import Epoch, Labelled, StagesConfig, fine_tune, probabilities, read_states
-from pretrain.run import Trained, hashed, load_trained
+from pretrain.run import Trained, load_trained
 from sharding.splits import SplitConfig, split_of
 
 SPLITS = ("train", "valid", "test")
@@ -50,6 +50,7 @@ class FinetuneRecipe(Section):
     task: Task = Field(discriminator="name")
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="one classifier each; their mean predicts")
     others: bool = Field(False, description="patients with ids as in the corpus are other people")
+    copies: bool = Field(False, description="notes may be nearly the same as one of another split")
     max_tokens: int = Field(4096, ge=1, description="of longer notes only the last tokens are read")
     head: HeadConfig = HeadConfig()
     stages: StagesConfig = StagesConfig()
@@ -68,7 +69,9 @@ def main(args: list[str]) -> None:
     splits = split(cohort, trained.splits)
     check(splits, cohort.classes)
     if not recipe.others:
-        check_unseen(splits, trained)
+        leakage.check_unseen(splits, trained)
+    if not recipe.copies:
+        leakage.check_copies(splits)
     report.show_splits(splits, cohort.classes)
     baseline = tfidf_regression(splits)
     by_model, histories = predict(recipe, trained, splits, len(cohort.classes))
@@ -120,14 +123,8 @@ def split(cohort: Cohort, splits: SplitConfig) -> dict[str, list[Example]]:
 
 def check(splits: Mapping[str, Sequence[Example]], classes: Sequence[str]) -> None:
     """Raises DataError for splits that share a patient, or that cannot be learned from or scored."""
-    seen: dict[str, str] = {}
+    leakage.check_patients(splits)
     for name, examples in splits.items():
-        for patient in {example.patient_id for example in examples}:
-            if patient in seen:
-                raise DataError(
-                    f"patient {patient} is in {seen[patient]} and in {name}; splits must not share patients"
-                )
-            seen[patient] = name
         present = {example.label for example in examples}
         for label, wanted in enumerate(classes):
             # Of many classes a small validation or test set may lack one; it cannot do with fewer than two.
@@ -136,23 +133,6 @@ def check(splits: Mapping[str, Sequence[Example]], classes: Sequence[str]) -> No
                     f"no {name} note has the class {wanted!r} ({len(examples)} notes in all);"
                     " more patients or a larger share of [splits] in the shard recipe are needed"
                 )
-
-
-def check_unseen(splits: Mapping[str, Sequence[Example]], trained: Trained) -> None:
-    """Raises DataError where the language model has read what it will be scored on: a patient of the test set whom it
-    was trained or validated on, or one of the validation set whom it was trained on.
-
-    In Huang et al.'s first version test notes were in the pretraining; that was worth about 0.05 AUROC.
-    """
-    for name, read in (("test", ("train", "valid")), ("valid", ("train",))):
-        seen = frozenset[str]().union(*(trained.patients.get(split, frozenset()) for split in read))
-        ids = {example.patient_id for example in splits[name]}
-        if known := sorted(patient for patient in ids if hashed(patient) in seen):
-            raise DataError(
-                f"{trained.run}: {len(known):,} of the {len(ids):,} patients of {name} (such as {known[0]}) are among "
-                "those whose notes the language model has read; shard with the same [splits] as here, or set "
-                "others=true where the same ids are other people"
-            )
 
 
 def predict(
