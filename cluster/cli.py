@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cluster.errors import ChartlmError
-from cluster.token import use_token
+from cluster.token import unseal, use_token
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,6 @@ def run_verb(name: str, args: list[str]) -> None:
         _fail(f"no verb {name!r}; {advice}", 2)
     # Threads that spin while they wait make a step a hundred times slower (measured) when another process has the core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    use_token()  # before Ray is imported: it looks once
     try:
         getattr(importlib.import_module(verb.module), verb.function)(args)
     except ChartlmError as exc:
@@ -111,6 +110,8 @@ def _fail(line: str, code: int) -> NoReturn:
 
 def main() -> None:
     """`python -m cluster.cli VERB …`."""
+    use_token()  # before Ray is imported: it looks once
+    unseal()
     if len(sys.argv) < 2 or sys.argv[1] in ("help", "-h", "--help"):
         sys.stdout.write(help_text() + "\n")
         return

@@ -1,8 +1,9 @@
 """Jobs on a Ray cluster: submit a verb, look at it, stop it, go on with it. Goes through the Ray Jobs API.
 
 The tree that is shipped is the tree that runs: code and recipes, without data, runs or .git, and the recipe of the job,
-resolved and checked here, its places absolute. Secrets pass from this environment to the job's, never on a command
-line. A job whose process dies is submitted again by its keeper (keeper.py): `job`, `job.2`, … are one job to the user.
+resolved and checked here, its places absolute. Secrets pass from this environment to the job's, sealed (token.py),
+never on a command line. A job whose process dies is submitted again by its keeper (keeper.py): `job`, `job.2`, … are one job
+to the user.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cluster import config, keeper, package, storage
 from cluster import logs as terminal
 from cluster.cli import VERBS
 from cluster.errors import ClusterError, ConfigError
-from cluster.token import token_file
+from cluster.token import seal, token_file
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PASSED_ON = ("WANDB_", "AWS_", "CHARTLM_CACHE_GB")  # beginnings of names
@@ -104,7 +105,7 @@ def submit(args: list[str]) -> None:
     job = f"{words[0]}-{_subject(words[1:])}{time.strftime('%m%d-%H%M%S')}"
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     environment: dict[str, Any] = {
-        "env_vars": passed | {keeper.JOB: job, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+        "env_vars": {keeper.JOB: job, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
     }
     if options["packages"] == "install":
         environment["pip"] = package.requirements()
@@ -126,6 +127,7 @@ def submit(args: list[str]) -> None:
             raise ClusterError(f"{options['cluster']}: runs Ray {theirs}, this tree is made for {ray.__version__}")
         terminal.say(f"ships {shipped}")
         environment["working_dir"] = str(zipped)
+        environment["env_vars"] |= seal(passed)
         _send(client, options["cluster"], entrypoint, job, environment)
     terminal.say(f"submitted {job}; follow it with ./launch.sh logs {job} -f, or ./launch.sh status {job}")
 

@@ -6,7 +6,6 @@ No note text goes through here: identifiers and counts only.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
-if not console.is_terminal and "COLUMNS" not in os.environ:
+if not console.is_terminal:
     console.width = 160  # a file is as wide as a table
 PLAIN_EVERY_SECONDS = 10.0
 

@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import keeper, logs, package
 from cluster.errors import ChartlmError, ClusterError, ConfigError, StorageError, TrainingError
 from cluster.placement import ClusterConfig
+from cluster.token import unseal
 
 ResultT = TypeVar("ResultT")
 
@@ -96,7 +97,13 @@ def map_tasks(
         for index, item in enumerate(items):
             yield index, task(*item)
         return
-    remote = ray.remote(num_cpus=1, max_retries=retries)(task)
+
+    @functools.wraps(task)
+    def in_job(*item: Any) -> ResultT:
+        unseal()
+        return task(*item)
+
+    remote = ray.remote(num_cpus=1, max_retries=retries)(in_job)
     running: dict[Any, int] = {}
     try:
         for index, item in enumerate(items):
@@ -231,6 +238,7 @@ def train_workers(
 
 def _work(entry: Callable[[dict[str, Any]], None], board: Any, config: dict[str, Any]) -> None:
     """What a training worker runs."""
+    unseal()
     context = ray.train.get_context()
     rank = context.get_world_rank()
 

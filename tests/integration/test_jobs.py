@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import time
 import urllib.error
@@ -71,10 +72,9 @@ def test_a_job_from_submit_to_logs(ray: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "hospital" / "NOTEEVENTS.csv.gz").exists()
     assert job in ray.launch("status").stdout
     assert SECRET not in ray.log(job)
-    session = Path(next(word for p in ray.processes("head") for word in p.cmdline() if "/session_" in word))
-    while not session.name.startswith("session_"):
-        session = session.parent
-    files = [path for path in session.rglob("*") if path.is_file()]
+    lines = " ".join(word for process in ray.processes("head") for word in process.cmdline())
+    session = Path(re.findall(r"(/[^ =]*/session_[^/ ]+)", lines)[0])
+    files = [path for path in (session / "logs").rglob("*") if path.is_file()]
     assert any(path.name.startswith("job-driver-") for path in files)
     held = [str(path) for path in files if SECRET.encode() in path.read_bytes()]
     assert held == []
@@ -83,7 +83,7 @@ def test_a_job_from_submit_to_logs(ray: Cluster, tmp_path: Path) -> None:
 def shards_of(ray: Cluster, folder: Path) -> Path:
     """Shards of a small hospital, made by a job."""
     hospital, shards = folder / "hospital", folder / "shards"
-    assert ray.launch("hospital", f"out={hospital}", "patients=40").returncode == 0
+    assert ray.launch("hospital", f"out={hospital}", "patients=120").returncode == 0
     words = ["shard", "recipes/demo/shard.toml", f"input={hospital}/NOTEEVENTS.csv.gz", f"output={shards}"]
     job = ray.submit(*words, "tokenizer.vocab_size=600")
     assert job.startswith("shard-demo-shard-")

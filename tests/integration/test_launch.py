@@ -29,7 +29,14 @@ def tree(tmp_path: Path) -> Path:
     tree = tmp_path / "a folder"  # with a blank
     (tree / "cluster").mkdir(parents=True)
     (tree / "sharding").mkdir()
-    for name in ("launch.sh", "cluster/__init__.py", "cluster/cli.py", "cluster/errors.py", "sharding/__init__.py"):
+    for name in (
+        "launch.sh",
+        "cluster/__init__.py",
+        "cluster/cli.py",
+        "cluster/errors.py",
+        "cluster/token.py",
+        "sharding/__init__.py",
+    ):
         shutil.copy(ROOT / name, tree / name)
     (tree / "sharding/synthetic.py").write_text("def main(args):\n    print('ran', *args)\n")
     (tree / "pyproject.toml").write_text(PROJECT)

@@ -228,7 +228,8 @@ class Slurm:
 
     def start(self, words: list[str], restarts: int = 0, within: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         """Runs the script as Slurm would on the first node."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
+        foreign = ("RAY_", "SLURM_", "PYTHONPATH")  # launch.sh test puts the real tree on the path
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         environment |= {
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "SLURM_SUBMIT_DIR": str(self.tree),
