@@ -2,8 +2,8 @@
 
 The tree that is shipped is the tree that runs: code and recipes, without data, runs or .git, and the recipe of the job,
 resolved and checked here, its places absolute. Secrets pass from this environment to the job's, sealed (token.py),
-never on a command line. A job whose process dies is submitted again by its keeper (keeper.py): `job`, `job.2`, … are one job
-to the user.
+never on a command line. A job whose process dies is submitted again by its keeper (keeper.py): `job`, `job.2`, … are
+one job to the user.
 """
 
 from __future__ import annotations
