@@ -61,6 +61,7 @@ VERBS = {
         "downstream.finetune",
         recipe="FinetuneRecipe",
     ),
+    "predict": Verb("predict OUT NOTES.csv", "a fine-tuned predictor on new notes, streamed", "downstream.predict"),
     "up": Verb("up [workers=N]", "a Ray cluster on this machine; join=HOST:PORT joins one", "cluster.local", "up"),
     "down": Verb("down", "end what up has started here", "cluster.local", "down"),
     "submit": Verb("submit VERB RECIPE [cluster=URL]", "run a verb as a job of a cluster", "cluster.jobs", "submit"),

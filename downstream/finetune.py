@@ -9,6 +9,7 @@ end. OUT holds
 
     recipe.toml      the resolved recipe
     run.json         what the folder belongs to: recipe, checkpoint
+    classifier-seed-N.safetensors   the weights, for ./launch.sh predict
     predictions.csv  the test set: ids, label, probability by the model and by the baseline; no text
     curves.png       ROC, precision and recall, reliability (two classes)
     metrics.json     every number of the table; written last: where it is, the work is done
@@ -22,6 +23,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import safetensors.torch
 import torch
 from pydantic import Field
 
@@ -74,7 +76,7 @@ def main(args: list[str]) -> None:
         leakage.check_copies(splits)
     report.show_splits(splits, cohort.classes)
     baseline = tfidf_regression(splits)
-    by_model, histories = predict(recipe, trained, splits, len(cohort.classes))
+    by_model, histories = predict(recipe, trained, splits, len(cohort.classes), out)
     said = {"model": by_model, "baseline": baseline.probabilities}
     valid_N = labels_of(splits["valid"])
     learned = {name: calibrate(valid_N, by_split["valid"]) for name, by_split in said.items()}
@@ -136,9 +138,11 @@ def check(splits: Mapping[str, Sequence[Example]], classes: Sequence[str]) -> No
 
 
 def predict(
-    recipe: FinetuneRecipe, trained: Trained, splits: Mapping[str, Sequence[Example]], classes: int
+    recipe: FinetuneRecipe, trained: Trained, splits: Mapping[str, Sequence[Example]], classes: int, out: str
 ) -> tuple[dict[str, Floats], list[list[Epoch]]]:
-    """Probabilities [N, K] of the notes of `valid` and `test`, the mean over seeds, and the epochs of every seed."""
+    """Probabilities [N, K] of the notes of `valid` and `test`, the mean over seeds, and the epochs of every seed; the
+    weights go into `out`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained.model.to(device)
     stages = recipe.stages
@@ -167,12 +171,26 @@ def predict(
         for seed in recipe.seeds:
             classifier = build(trained, classes, recipe.head, seed)
             histories.append(fine_tune(classifier, data["train"], data["valid"], stages, seed, advance))
+            storage.write_bytes(storage.join(out, classifier_file(seed)), _weights(classifier))
             for name, found in drawn.items():
                 found.append(probabilities(classifier, data[name], False, stages, advance))
     for seed, history in zip(recipe.seeds, histories, strict=True):
         best = next(one for one in history if one.kept)
         logs.say(f"seed {seed}: stage {best.stage} is the best on validation: {best.validation:.3f}")
     return {name: np.mean(found, axis=0) for name, found in drawn.items()}, histories
+
+
+def classifier_file(seed: int) -> str:
+    """Name of the weights of one seed in the output folder."""
+    return f"classifier-seed-{seed}.safetensors"
+
+
+def _weights(classifier: NoteClassifier) -> bytes:
+    # A tied weight has two names and is stored under both: the format has no shared tensors.
+    weights: bytes = safetensors.torch.save(
+        {name: value.contiguous().cpu().clone() for name, value in classifier.state_dict().items()}
+    )
+    return weights
 
 
 def encode(trained: Trained, examples: Sequence[Example], max_tokens: int) -> Notes:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
-from downstream import finetune
+from downstream import finetune, predict
 from downstream.metrics import BINARY
 from downstream.tasks import TASKS
 from downstream.tasks.classify import ClassifyTask
@@ -133,6 +133,40 @@ def test_patient_in_two_splits_stops_the_run() -> None:
     }
     with pytest.raises(DataError, match="patient q is in train and in test"):
         finetune.check(splits, ("a", "b"))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_new_notes_get_what_the_test_notes_got(tiny: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, from the saved weights, to the last digit; a note without a word is counted, not guessed."""
+    finetune.main(arguments(tiny, classes))
+    opened = finetune.load_trained("run")
+    monkeypatch.setattr(predict, "load_trained", lambda run: opened)
+    monkeypatch.setattr(predict, "BLOCK_BYTES", 1500)
+    place = tiny / f"notes{classes}.csv"
+    place.write_text(place.read_text() + "blank,p0,  ,red\n")
+    folder = f"{tiny}/out{classes}"
+    predict.main([folder, str(place), "id=id", "text=note"])
+    found = {row["id"]: row for row in csv.DictReader((tiny / f"out{classes}/predictions-notes{classes}.csv").open())}
+    assert len(found) == 121
+    assert (found["blank"]["class"], found["blank"]["probability"]) == ("", "")
+    tested = list(csv.DictReader((tiny / f"out{classes}/predictions.csv").open()))
+    assert len(tested) > 10
+    for row in tested:
+        again = found[row["example_id"]]
+        assert float(again["probability"]) == pytest.approx(float(row["model_probability"]), abs=2e-6)
+        if classes == 3:
+            assert again["class"] == row["model"]
+    assert SECRET not in (tiny / f"out{classes}/predictions-notes{classes}.csv").read_text()
+    (tiny / f"out{classes}/classifier-seed-2.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"classifier-seed-2\.safetensors: missing"):
+        predict.main([folder, str(place), "id=id", "text=note"])
+    monkeypatch.setattr(predict, "load_trained", lambda run: replace(opened, step=8))
+    with pytest.raises(ConfigError, match="was made from step 7 of run, which is at step 8 now"):
+        predict.main([folder, str(place), "id=id", "text=note"])
+    with pytest.raises(ConfigError, match="holds no finished classifier"):
+        predict.main([str(tiny), str(place)])
+    with pytest.raises(ConfigError, match="predict what"):
+        predict.main([folder])
 
 
 def test_a_leak_stops_the_verb(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
