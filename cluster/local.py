@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def up(args: list[str]) -> None:
             command += [f"--node-ip-address={asked.host}"]
     else:
         command += ["--head", f"--node-ip-address={asked.host}", f"--port={asked.port}"]
+        # Jobs find their cluster by a file in this folder: two clusters of a machine must not share it.
+        command += [f"--temp-dir={Path(tempfile.gettempdir()) / f'chartlm-ray-{os.getuid()}-{asked.port}'}"]
         command += [f"--ray-client-server-port={_free(asked.host, 0)}"]  # cannot be left out; 10001 may be another's
         command += [f"--dashboard-host={asked.host}", f"--dashboard-port={asked.dashboard_port}"]
     if asked.workers is not None:

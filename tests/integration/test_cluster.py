@@ -124,6 +124,20 @@ def assert_nothing_is_lost(run: Path, undisturbed: dict[int, float], steps: int 
     assert len({segment.name for segment in wandb_files.segments(run)}) == 1
 
 
+def test_a_machine_dies(ray: Cluster, tmp_path: Path, recipe: str, undisturbed: dict[int, float]) -> None:
+    """Two nodes, one worker each: one dies, and the run goes on with the other by itself."""
+    ray.join("a")
+    run = tmp_path / "run"
+    job = ray.submit("pretrain", recipe, f"run_dir={run}")
+    reach(ray, job, run, 30, workers=2)
+    ray.kill("a")
+    reach(ray, job, run, 60, workers=1)
+    assert ray.launch("stop", job).returncode == 0
+    assert_nothing_is_lost(run, undisturbed, steps=max(losses(run)))
+    assert ray.row(job)[8:] == ["1", "1"]
+
+
+@pytest.mark.cluster
 def test_a_machine_dies_and_another_comes(
     ray: Cluster, tmp_path: Path, recipe: str, undisturbed: dict[int, float]
 ) -> None:
