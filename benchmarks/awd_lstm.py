@@ -5,13 +5,12 @@
 PYTHON has chartlm's packages and fastai 2.8.12 (pip install --no-deps, for it asks for an older torch: fastai,
 fastcore, fastprogress, fasttransform, fastdownload, plum-dispatch, beartype, python-fasthtml, cloudpickle); DIR is a
 checkout of salesforce/awd-lstm-lm. All read the same token ids with the same sizes, lanes, bptt and dropouts, on all
-cores; the sizes are those of the preset for the device, awd-small on a CPU and awd-classic on a GPU, unless given. A
-round trains `steps` steps of each in turn; the first round warms up. chartlm takes whole steps of its loop: streams,
-masks, DeepSpeed's engine (ZeRO-0 in fp32, ZeRO-1 in bf16), clipping, AdamW. fastai trains by `Learner.fit_one_cycle`
-on its own `LMDataLoader`; Salesforce by what its `train()` does in a step, with full softmax and Adam. On a CPU
-chartlm has glibc keep freed memory; the peers' turns run under glibc's own limits (those it settles at by itself).
-Ratios are medians over rounds. Weight drop's overhead is that of chartlm's step with drop_weight=0.2 over the one
-with 0, the plain fused LSTM.
+cores; the sizes are the published ones unless given. A round trains `steps` steps of each in turn; the first round
+warms up. chartlm takes whole steps of its loop: streams, masks, DeepSpeed's engine (ZeRO-0 in fp32, ZeRO-1 in bf16),
+clipping, AdamW. fastai trains by `Learner.fit_one_cycle` on its own `LMDataLoader`; Salesforce by what its `train()`
+does in a step, with full softmax and Adam. On a CPU chartlm has glibc keep freed memory; the peers' turns run under
+glibc's own limits (those it settles at by itself). Ratios are medians over rounds. Weight drop's overhead is that of
+chartlm's step with drop_weight=0.2 over the one with 0, the plain fused LSTM.
 """
 
 from __future__ import annotations
@@ -36,15 +35,13 @@ from cluster import memory  # noqa: E402
 from pretrain import optim  # noqa: E402
 from pretrain.engine import Engine, EngineConfig, Workers  # noqa: E402
 from pretrain.models import MODELS  # noqa: E402
-from pretrain.models.awd_lstm import PRESETS, AwdLstmConfig  # noqa: E402
+from pretrain.models.awd_lstm import AwdLstmConfig  # noqa: E402
 from pretrain.models.dropout import Masks  # noqa: E402
 from pretrain.streams import Prefetch, Streams  # noqa: E402
 from sharding.shards import Corpus  # noqa: E402
 
-PRESET = PRESETS["awd-classic" if torch.cuda.is_available() else "awd-small"]
-DEFAULTS = {"corpus": "", "rounds": 5, "steps": 8, "lanes": 64, "bptt": 70}
-DEFAULTS |= {"embedding": PRESET["embedding"], "hidden": PRESET["hidden"]}
-LAYERS = PRESET["layers"]
+DEFAULTS = {"corpus": "", "rounds": 5, "steps": 8, "lanes": 20, "bptt": 70, "embedding": 400, "hidden": 1152}
+LAYERS = 3
 
 Steps = Callable[[int], float]  # trains so many steps; returns seconds
 
