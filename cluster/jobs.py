@@ -61,7 +61,8 @@ def _connect(address: str) -> JobSubmissionClient:
         ) from exc
     except (RuntimeError, ray.exceptions.AuthenticationError) as exc:
         raise _refused(address, exc) from exc
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every package it has sent before
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # they tell of every package that is sent
+        logging.getLogger(name).setLevel(logging.ERROR)
     return client
 
 
