@@ -84,9 +84,9 @@ def cpus() -> int:
 
 
 def map_tasks(
-    task: Callable[..., ResultT], items: Iterable[tuple[Any, ...]], *, in_flight: int, retries: int = 3
+    task: Callable[..., ResultT], items: Iterable[tuple[Any, ...]], *, in_flight: int, retries: int = 3, gpus: float = 0
 ) -> Iterator[tuple[int, ResultT]]:
-    """Runs `task(*item)` for every item as Ray tasks of one CPU; yields (index of the item, result) as they end.
+    """Runs `task(*item)` for every item as Ray tasks of one CPU (and `gpus`); yields (index, result) as they end.
 
     Items are taken lazily, at most `in_flight` at a time, so a stream larger than memory may be given. A task whose
     worker process dies is run again up to `retries` times: tasks must be pure or write atomically. Where tasks fail,
@@ -103,7 +103,7 @@ def map_tasks(
         unseal()
         return task(*item)
 
-    remote = ray.remote(num_cpus=1, max_retries=retries)(in_job)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(in_job)
     running: dict[Any, int] = {}
     try:
         for index, item in enumerate(items):

@@ -186,7 +186,7 @@ def _stage(number: int, name: str, what: str) -> Iterator[None]:
 def _summary(run: str, task_out: str) -> dict[str, Any]:
     lines = tracking.read(run)
     scores = storage.read_json(storage.join(run, "evaluation-valid.json"))
-    task = storage.read_json(storage.join(task_out, "metrics.json"))
+    task = storage.read_json(storage.join(task_out, "results.json"))
     resumed = next((line for line in lines if line.get("event") == "resumed"), {})
     summary: dict[str, Any] = {
         "untrained_perplexity": next(line["valid_perplexity"] for line in lines if "valid_perplexity" in line),
@@ -214,7 +214,7 @@ def _tell(run: str, task_out: str, summary: dict[str, Any]) -> None:
         ("every number of the run", storage.join(run, tracking.FILE)),
         ("Weights & Biases, offline", storage.join(run, "wandb")),
         ("samples", storage.join(run, "samples")),
-        ("predictions", storage.join(task_out, "predictions.csv")),
+        ("predictions", storage.join(task_out, "predictions.parquet")),
         ("this table for programs", storage.join(run, "summary.json")),
     ]
     for what, place in places:

@@ -50,10 +50,32 @@ def check_unseen(splits: Splits, trained: Trained) -> None:
             )
 
 
-def copies(splits: Splits) -> list[tuple[str, Example, str, Example]]:
-    """(split, note, another split, the note there that it is nearly the same as), one for each such note."""
-    where = [(name, example) for name, examples in splits.items() for example in examples]
-    sketches_NS = _sketches([example.text for _, example in where])
+def copies(folds: Sequence[Splits]) -> list[tuple[str, Example, str, Example]]:
+    """(split, note, another split, the note there that it is nearly the same as), one for each such note, of the first
+    fold that parts the two.
+    """
+    first_with: dict[str, Example] = {}
+    for splits in folds:
+        for examples in splits.values():
+            for example in examples:
+                first_with.setdefault(f"{example.patient_id}\0{example.text}", example)
+    notes = list(first_with.values())
+    where = [
+        {example.patient_id: name for name, examples in splits.items() for example in examples} for splits in folds
+    ]
+    found = []
+    for note, other in _alike([example.text for example in notes]):
+        for split_of in where:
+            names = split_of.get(notes[note].patient_id), split_of.get(notes[other].patient_id)
+            if None not in names and names[0] != names[1]:
+                found.append((str(names[0]), notes[note], str(names[1]), notes[other]))
+                break
+    return found
+
+
+def _alike(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """(a text, an earlier one that it is nearly the same as): of all earlier ones every such pair."""
+    sketches_NS = _sketches(texts)
     buckets: dict[bytes, list[int]] = {}
     found = []
     for note, sketch_S in enumerate(sketches_NS):
@@ -64,21 +86,34 @@ def copies(splits: Splits) -> list[tuple[str, Example, str, Example]]:
                 bucket = buckets.setdefault(start.to_bytes(2, "little") + band_S.tobytes(), [])
                 near.update(bucket)
                 bucket.append(note)
-        others = np.array(sorted(other for other in near if where[other][0] != where[note][0]), dtype=np.int64)
+        others = np.array(sorted(near), dtype=np.int64)
         if len(others):
             alike = dedup.similarity(sketch_S, sketches_NS[others])
-            if alike.max() >= SIMILARITY:
-                found.append((*where[note], *where[others[alike.argmax()]]))
+            found += [(note, int(other)) for other in others[alike >= SIMILARITY]]
     return found
 
 
-def check_copies(splits: Splits) -> None:
+def check_copies(folds: Sequence[Splits]) -> None:
     """Raises DataError where a note is nearly the same as one of another split."""
-    if found := copies(splits):
+    if found := copies(folds):
         name, example, other, there = found[0]
         raise DataError(
             f"{len(found):,} notes are nearly the same as one of another split, such as {example.example_id} in {name} "
             f"and {there.example_id} in {other}; give both to one patient, take one out, or set copies=true"
+        )
+
+
+def check_unlabelled(test: Sequence[Example], notes: Sequence[tuple[str, str]]) -> None:
+    """Raises DataError where the language model would read a note ((patient, text)) that is nearly one of test."""
+    texts = {example.text: example for example in test}
+    tested = len(texts)
+    pairs = _alike([*texts, *(text for _, text in notes)])
+    if found := [(note - tested, other) for note, other in pairs if note >= tested > other]:
+        note, other = found[0]
+        raise DataError(
+            f"[lm]: {len(found):,} notes of lm.notes are nearly the same as one of test, such as one of patient "
+            f"{notes[note][0]} and {list(texts.values())[other].example_id}; give both one patient, take one out, or "
+            "set copies=true"
         )
 
 

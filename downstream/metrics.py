@@ -13,11 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logit
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 # (labels [N], scores [N] of the positive class or [N, K] of all, weights [N]) → value, NaN where undefined
 Metric = Callable[[Ints, Floats, Floats], float]
+# weights [N] → the values of all metrics of a system
+Measure = Callable[[Floats], dict[str, float]]
 
 
 class Interval(NamedTuple):
@@ -129,6 +133,53 @@ def reliability(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> list[tup
     return [(said[b] / mass[b], seen[b] / mass[b], mass[b] / mass.sum()) for b in range(BINS) if mass[b]]
 
 
+def calibration_line(labels_N: Ints, p_N: Floats, weights_N: Floats | None = None) -> tuple[float, float]:
+    """(slope, intercept) of the labels' log-odds over those of the probabilities (Cox 1958, Biometrika 45:562).
+
+    Perfect is (1, 0). A slope below 1: too sure of itself; an intercept above 0 where the slope is 1: too low
+    throughout. NaN where a threshold parts the classes, as no line is the most likely one then.
+    """
+    weights_N = np.ones(len(p_N)) if weights_N is None else weights_N
+    logit_N = logit(np.clip(p_N, TINY, 1 - TINY))
+    drawn_N = weights_N > 0
+    positive, negative = logit_N[drawn_N & (labels_N == 1)], logit_N[drawn_N & (labels_N == 0)]
+    if not len(positive) or not len(negative):
+        return math.nan, math.nan
+    if positive.min() >= negative.max() or negative.min() >= positive.max():
+        return math.nan, math.nan
+    # Around 0 with a spread of 1: logits of a model that says nearly the same of all notes would be too close together.
+    centre, spread = logit_N[drawn_N].mean(), logit_N[drawn_N].std()
+    x_N2 = np.stack([np.ones(len(p_N)), (logit_N - centre) / spread], 1)
+
+    def unlikely(line_2: Floats) -> float:
+        said_N = x_N2 @ line_2
+        return float(weights_N @ (np.logaddexp(0, said_N) - labels_N * said_N))
+
+    line_2 = np.zeros(2)
+    for _ in range(50):  # Newton's method
+        said_N = expit(x_N2 @ line_2)
+        hessian_22 = (x_N2.T * (weights_N * said_N * (1 - said_N))) @ x_N2 + 1e-9 * np.eye(2)  # never singular
+        step_2 = np.linalg.solve(hessian_22, x_N2.T @ (weights_N * (said_N - labels_N)))
+        reached = unlikely(line_2)
+        while unlikely(line_2 - step_2) > reached:  # whole steps overshoot where one class is rare; 0 ends it
+            step_2 = step_2 / 2
+        line_2 = line_2 - step_2
+        if np.abs(step_2).max() < 1e-8:
+            break
+    slope = float(line_2[1] / spread)
+    return slope, float(line_2[0] - slope * centre)
+
+
+def calibration_slope(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+    """Of `calibration_line`."""
+    return calibration_line(labels_N, scores_N, weights_N)[0]
+
+
+def calibration_intercept(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+    """Of `calibration_line`."""
+    return calibration_line(labels_N, scores_N, weights_N)[1]
+
+
 def _one_to_one(metric: Metric) -> Metric:
     """The metric as it would be with as many positives as negatives: the negatives weigh less."""
 
@@ -142,6 +193,7 @@ def _one_to_one(metric: Metric) -> Metric:
 
 
 BINS = 15
+TINY = 1e-12  # the least probability of which a logarithm is taken
 # ClinicalBERT's test set is balanced 1:1, where precision says nothing of a hospital: its numbers compare with the
 # last two only.
 BINARY: Mapping[str, Metric] = {
@@ -151,6 +203,8 @@ BINARY: Mapping[str, Metric] = {
     "sensitivity_90": sensitivity_90,
     "brier": brier,
     "ece": ece,
+    "calibration_slope": calibration_slope,
+    "calibration_intercept": calibration_intercept,
     "auprc_balanced": _one_to_one(auprc),
     "rp80_balanced": _one_to_one(rp80),
 }
@@ -164,12 +218,72 @@ def scores_of(probabilities_NK: Floats) -> tuple[Floats, Mapping[str, Metric]]:
     return probabilities_NK, MULTICLASS
 
 
-def selection(labels_N: Ints, probabilities_NK: Floats) -> float:
-    """The number that chooses epochs and settings on validation: AUROC of two classes, macro-F1 of more."""
-    ones = np.ones(len(labels_N))
+class _Ranked(NamedTuple):
+    """The notes of every class from the highest probability down, sorted once for all draws: `order` [K, N]; `last`
+    [K, N], where those of the same probability end; `positive` [K, N] in that order.
+    """
+
+    order: Ints
+    last: Ints
+    positive: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, labels_NK: Ints, probabilities_NK: Floats) -> _Ranked:
+        order_KN = np.argsort(-probabilities_NK.T, axis=1, kind="stable")
+        sorted_KN = np.take_along_axis(probabilities_NK.T, order_KN, 1)
+        rows, ends = sorted_KN.shape[1], np.ones(sorted_KN.shape, bool)
+        ends[:, :-1] = sorted_KN[:, 1:] != sorted_KN[:, :-1]
+        place_KN = np.where(ends, np.arange(rows), rows)
+        last_KN = np.minimum.accumulate(place_KN[:, ::-1], axis=1)[:, ::-1]
+        return cls(order_KN, last_KN, np.take_along_axis(labels_NK.T, order_KN, 1) == 1)
+
+    def areas(self, weights_N: Floats) -> tuple[Floats, Floats]:
+        """`auroc` and `auprc` of the classes [K]; NaN for one that all or none of the notes have."""
+        weights_KN = weights_N[self.order]
+        true_KN = np.take_along_axis(np.cumsum(weights_KN * self.positive, 1), self.last, 1)
+        false_KN = np.take_along_axis(np.cumsum(weights_KN * ~self.positive, 1), self.last, 1)
+        found_KN = np.diff(true_KN, axis=1, prepend=0)
+        above_KN = false_KN - np.diff(false_KN, axis=1, prepend=0) / 2  # ties count half
+        with np.errstate(invalid="ignore"):  # 0 / 0 of an undefined class, or above the first note that was drawn
+            precision_KN = np.where(found_KN > 0, true_KN / (true_KN + false_KN), 0)
+            auroc_K = 1 - (found_KN * above_KN).sum(1) / (true_KN[:, -1] * false_KN[:, -1])
+            auprc_K = (found_KN * precision_KN).sum(1) / true_KN[:, -1]
+        return auroc_K, np.where(np.isnan(auroc_K), math.nan, auprc_K)
+
+
+def selection(labels: Ints, probabilities_NK: Floats) -> float:
+    """The number that chooses epochs and settings on validation: AUROC of two classes, macro-F1 of more; with several
+    labels a note (0 and 1 [N, K]) macro-AUPRC.
+    """
+    ones = np.ones(len(labels))
+    if labels.ndim == 2:
+        return _mean(_Ranked.of(labels, probabilities_NK).areas(ones)[1])
     if probabilities_NK.shape[1] == 2:
-        return auroc(labels_N, probabilities_NK[:, 1], ones)
-    return macro_f1(labels_N, probabilities_NK, ones)
+        return auroc(labels, probabilities_NK[:, 1], ones)
+    return macro_f1(labels, probabilities_NK, ones)
+
+
+def _mean(values_K: Floats) -> float:
+    """Of those that are defined."""
+    defined = values_K[~np.isnan(values_K)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
+def per_class(labels: Ints, probabilities_NK: Floats) -> list[tuple[float, float, float, int]]:
+    """(precision, recall, F1, notes that have it) of every class; 0 where there is nothing to divide by.
+
+    Said is the most likely class; with several labels a note (0 and 1 [N, K]) every class from a probability of ½ on.
+    """
+    said = probabilities_NK >= 0.5 if labels.ndim == 2 else probabilities_NK.argmax(1)
+    classes = range(probabilities_NK.shape[1])
+    found = precision_recall_fscore_support(labels, said, labels=classes, zero_division=0)
+    return [(float(p), float(r), float(f1), int(n)) for p, r, f1, n in zip(*found, strict=True)]
+
+
+def confusion(labels_N: Ints, probabilities_NK: Floats) -> Ints:
+    """How many notes of each class (row) were taken for each (column) [K, K]."""
+    table_KK: Ints = confusion_matrix(labels_N, probabilities_NK.argmax(1), labels=range(probabilities_NK.shape[1]))
+    return table_KK
 
 
 def patient_draws(patients: Sequence[str], draws: int, seed: int) -> Iterator[Floats]:
@@ -191,19 +305,56 @@ def evaluate(
     stands under "first - later". Draws in which a metric is not defined (a class is absent) do not count for
     it.
     """
-    systems = {name: scores_of(p_NK) for name, p_NK in probabilities.items()}
+
+    def measuring(p_NK: Floats) -> Measure:
+        scores, metrics = scores_of(p_NK)
+        return lambda weights_N: {name: metric(labels_N, scores, weights_N) for name, metric in metrics.items()}
+
+    return _compared({name: measuring(p_NK) for name, p_NK in probabilities.items()}, patients, draws, seed)
+
+
+def evaluate_several(
+    labels_NK: Ints, probabilities: Mapping[str, Floats], patients: Sequence[str], draws: int, seed: int
+) -> dict[str, dict[str, Interval]]:
+    """The same with several labels a note (0 and 1): F1 from a probability of ½ on, and the areas under the curves.
+
+    Macro is the mean over the classes that are defined in a draw: of F1 those that occur among labels or predictions,
+    of areas those that some notes have and others not.
+    """
+
+    def measuring(p_NK: Floats) -> Measure:
+        ranked, said_NK = _Ranked.of(labels_NK, p_NK), p_NK >= 0.5
+        hit_NK, twice_NK = 2.0 * (said_NK & (labels_NK == 1)), 1.0 * said_NK + labels_NK
+
+        def measure(weights_N: Floats) -> dict[str, float]:
+            hit_K, twice_K = weights_N @ hit_NK, weights_N @ twice_NK
+            with np.errstate(invalid="ignore"):
+                f1_K = hit_K / twice_K
+            auroc_K, auprc_K = ranked.areas(weights_N)
+            return {
+                "micro_f1": float(hit_K.sum() / twice_K.sum()) if twice_K.any() else math.nan,
+                "macro_f1": _mean(f1_K),
+                "macro_auroc": _mean(auroc_K),
+                "macro_auprc": _mean(auprc_K),
+            }
+
+        return measure
+
+    return _compared({name: measuring(p_NK) for name, p_NK in probabilities.items()}, patients, draws, seed)
+
+
+def _compared(
+    systems: Mapping[str, Measure], patients: Sequence[str], draws: int, seed: int
+) -> dict[str, dict[str, Interval]]:
     first, *others = systems
 
     def measured(weights_N: Floats) -> dict[str, dict[str, float]]:
-        values = {
-            system: {name: metric(labels_N, scores, weights_N) for name, metric in metrics.items()}
-            for system, (scores, metrics) in systems.items()
-        }
+        values = {system: measure(weights_N) for system, measure in systems.items()}
         for other in others:
             values[f"{first} - {other}"] = {name: values[first][name] - values[other][name] for name in values[first]}
         return values
 
-    whole = measured(np.ones(len(labels_N)))
+    whole = measured(np.ones(len(patients)))
     drawn = [measured(weights_N) for weights_N in patient_draws(patients, draws, seed)]
     return {
         system: {

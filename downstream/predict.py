@@ -2,7 +2,7 @@
 
 The file is read block by block, so one larger than memory may be given; each note is cleaned and cut as the notes that
 the classifier learned from. Written is a CSV with the notes' ids, the class, and its probability (of two classes the
-positive one's), calibrated as in `metrics.json`. It appears when it is whole. No text goes into it.
+positive one's), calibrated as in `results.json`. It appears when it is whole. No text goes into it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,26 @@ from torch import Tensor
 from cluster import config, logs, storage
 from cluster.config import Place, Section
 from cluster.errors import ConfigError
-from downstream.calibration import Calibration
+from downstream.calibration import restored
 from downstream.classifier import NoteClassifier
-from downstream.finetune import FinetuneRecipe, build, classifier_file
+from downstream.finetune import (
+    RESULTS,
+    FinetuneRecipe,
+    Part,
+    build,
+    classifier_file,
+    encode_for,
+    lineage,
+    open_models,
+)
+from downstream.frozen import Frozen, pooled_states
+from downstream.lm import with_weights
 from downstream.metrics import Floats
+from downstream.reading import PLAIN
+from downstream.tasks.examples import Example
+from downstream.tasks.status import StatusTask
 from downstream.unfreezing import Labelled, probabilities
-from pretrain.run import Trained, load_trained
+from pretrain.run import Trained
 from sharding.readers import csv_file
 
 BLOCK_BYTES = 4 << 20  # of the file, in memory at a time
@@ -42,45 +56,94 @@ class PredictRecipe(Section):
 
 
 class Predictor:
-    """A finished classifier: its seeds, what it calls its classes, and its calibration."""
+    """A finished classifier: its folds, seeds and directions, what it calls its classes, and its calibration."""
 
     def __init__(self, folder: str):
-        results = storage.join(folder, "metrics.json")
+        results = storage.join(folder, RESULTS)
         if not storage.exists(results):
             raise ConfigError(f"{folder}: holds no finished classifier; run ./launch.sh finetune, or check the path")
         about = storage.read_json(results)
         self.recipe = config.validate(FinetuneRecipe, config.read_toml(storage.join(folder, "recipe.toml")), folder)
-        self.trained: Trained = load_trained(self.recipe.run)
+        self.models: list[Trained] = open_models(self.recipe)
         self.classes: tuple[str, ...] = tuple(about["classes"])
-        known = (about["step"], about["corpus"])
-        if (self.trained.step, self.trained.corpus_fingerprint) != known:
-            raise ConfigError(
-                f"{folder}: was made from step {about['step']} of {self.recipe.run}, which is at step "
-                f"{self.trained.step} now; fine-tune again"
-            )
-        self._calibration = Calibration(**about["calibration"]["model"])
-        self._seeds = [self._of(folder, seed) for seed in self.recipe.seeds]
+        self.several = bool(getattr(self.recipe.task, "several", False))
+        for trained in self.models:
+            known = about["lineage"]["backward" if trained.backward else "model"]
+            if lineage(trained) != known:
+                raise ConfigError(
+                    f"{folder}: was made from step {known['step']} of {trained.run}, which is at step {trained.step} "
+                    "now or was trained again; fine-tune again"
+                )
+        self._calibration = [restored(by_name["model"]) for by_name in about["calibration"]]
+        folds = range(len(self._calibration))
+        seeds = self.recipe.seeds if self.recipe.mode == "stages" else self.recipe.seeds[:1]
+        self.parts = [Part(f, True, trained.backward, seed) for f in folds for trained in self.models for seed in seeds]
+        self.tell = self.recipe.tell if self.recipe.mode == "stages" else PLAIN
+        parts_about = about["parts"]
+        self._made = {part: self._of(folder, part, parts_about[part.name]["lm"]) for part in self.parts}
 
-    def _of(self, folder: str, seed: int) -> NoteClassifier:
-        place = storage.join(folder, classifier_file(seed))
+    def model_of(self, part: Part) -> Trained:
+        """The language model of a part's direction."""
+        return next(trained for trained in self.models if trained.backward == part.backward)
+
+    def _of(self, folder: str, part: Part, tuned: str | None) -> tuple[NoteClassifier, Frozen | None]:
+        place = classifier_file(folder, self.recipe.mode, part)
         if not storage.exists(place):
             raise ConfigError(f"{place}: missing; remove {folder} and fine-tune again")
-        made = build(self.trained, len(self.classes), self.recipe.head, seed)
-        weights: dict[str, Tensor] = safetensors.torch.load(storage.read_bytes(place))
-        made.load_state_dict(weights)
-        return made.to("cuda" if torch.cuda.is_available() else "cpu")
+        content = storage.read_bytes(place)
+        frozen = self.recipe.mode == "frozen"
+        trained = self.model_of(part)
+        if frozen and tuned is not None:
+            trained = with_weights(trained, tuned)
+        made = build(trained, len(self.classes), self.recipe.head, part.seed)
+        if not frozen:
+            weights: dict[str, Tensor] = safetensors.torch.load(content)
+            made.load_state_dict(weights)
+        made = made.to("cuda" if torch.cuda.is_available() else "cpu")
+        return made, Frozen.load(self.recipe.frozen, content) if frozen else None
 
-    def __call__(self, texts: Sequence[str]) -> Floats:
-        """Calibrated probabilities [N, K]; NaN for a text without a word."""
-        cleaned = [self.trained.clean_text(text) for text in texts]
-        filled = [place for place, text in enumerate(cleaned) if text.strip()]
-        found = np.full((len(texts), len(self.classes)), np.nan)
-        if filled:
-            tokens = self.trained.tokenizer.encode([cleaned[place] for place in filled])
-            notes = [note[-self.recipe.max_tokens :] for note in tokens]
-            data = Labelled(notes, np.zeros(len(notes), np.int64), None)
-            drawn = [probabilities(one, data, False, self.recipe.stages, lambda *_: None) for one in self._seeds]
-            found[filled] = self._calibration(np.mean(drawn, axis=0))
+    def classifier(self, part: Part) -> NoteClassifier:
+        """Of a fine-tuned part. Raises ConfigError where the mode is another."""
+        made, frozen = self._made[part]
+        if frozen is not None:
+            raise ConfigError(
+                'mode="frozen" has no attention; fine-tune with mode="stages" and attention in head.pooling'
+            )
+        return made
+
+    def said(self, p_K: Floats) -> list[str]:
+        """Class and probability, of two classes the second one's; with several labels all that are likely."""
+        if self.several:
+            likely = np.flatnonzero(p_K >= 0.5)
+            return [";".join(self.classes[k] for k in likely), ";".join(f"{p_K[k]:.6f}" for k in likely)]
+        best = int(p_K.argmax())
+        return [self.classes[best], f"{p_K[1] if len(self.classes) == 2 else p_K[best]:.6f}"]
+
+    def example(self, note: str, text: str) -> Example | None:
+        """A new note as the classifier is asked about it; None where it has no word, or no mention of what is asked."""
+        cleaned = self.models[0].clean_text(text)
+        if isinstance(self.recipe.task, StatusTask):
+            return self.recipe.task.ask(note, cleaned)
+        return Example(note, note, cleaned, -1) if cleaned.strip() else None
+
+    def __call__(self, examples: Sequence[Example]) -> Floats:
+        """Calibrated probabilities [N, K]: the mean over folds, of each the mean over directions and seeds."""
+        notes = {
+            trained.backward: encode_for(trained, examples, self.recipe.max_tokens, self.tell)
+            for trained in self.models
+        }
+        by_fold: list[list[Floats]] = [[] for _ in self._calibration]
+        empty = np.zeros((len(examples), len(self.classes)) if self.several else len(examples), np.int64)
+        for part, (made, frozen) in self._made.items():
+            read = notes[part.backward]
+            if frozen is not None:
+                states = pooled_states(made, read, self.recipe.stages.batch, lambda *_: None)
+                by_fold[part.fold].append(frozen(examples, states))
+            else:
+                data = Labelled(read, empty, None)
+                by_fold[part.fold].append(probabilities(made, data, False, self.recipe.stages, lambda *_: None))
+        calibrated = [one(np.mean(drawn, axis=0)) for one, drawn in zip(self._calibration, by_fold, strict=True)]
+        found: Floats = np.mean(calibrated, axis=0)
         return found
 
 
@@ -95,24 +158,22 @@ def main(args: list[str]) -> None:
     name = asked.notes.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
     out = asked.out or storage.join(asked.classifier, f"predictions-{name}.csv")
     columns = [asked.id, asked.text]
-    scored = empty = 0
+    scored = left_out = 0
     with storage.atomic_writer(out) as stream, logs.progress("predict", storage.size_bytes(asked.notes)) as advance:
         table = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
         rows = csv.writer(table, lineterminator="\n")
         rows.writerow([asked.id, "class", "probability"])
         for block in csv_file.blocks(asked.notes, columns, BLOCK_BYTES):
             ids, texts = (column.to_pylist() for column in csv_file.parse(block, columns))
-            for note, p_K in zip(ids, predictor(texts), strict=True):
-                rows.writerow([note, *_said(p_K, predictor.classes)])
-                empty += bool(np.isnan(p_K[0]))
+            examples = [predictor.example(note, text) for note, text in zip(ids, texts, strict=True)]
+            asked_about = [example for example in examples if example is not None]
+            found = iter(predictor(asked_about)) if asked_about else iter(())
+            for note, example in zip(ids, examples, strict=True):
+                said = ["", ""] if example is None else predictor.said(next(found))
+                rows.writerow([note, *said])
+                left_out += example is None
             scored += len(ids)
             advance(block.stored_end, f"{scored:,} notes")
         table.detach()
-    logs.say(f"{scored:,} notes in {out}" + (f"; {empty:,} without a word have no probability" if empty else ""))
-
-
-def _said(p_K: Floats, classes: tuple[str, ...]) -> list[str]:
-    if np.isnan(p_K[0]):
-        return ["", ""]
-    best = int(p_K.argmax())
-    return [classes[best], f"{p_K[1] if len(classes) == 2 else p_K[best]:.6f}"]
+    why = "a mention" if isinstance(predictor.recipe.task, StatusTask) else "a word"
+    logs.say(f"{scored:,} notes in {out}" + (f"; {left_out:,} without {why} have no probability" if left_out else ""))

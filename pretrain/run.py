@@ -13,7 +13,7 @@ import hashlib
 import tempfile
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +183,16 @@ class Trained:
     recipe: dict[str, Any]
     corpus_fingerprint: str
     patients: dict[str, frozenset[str]] = field(default_factory=dict)  # hashed, by split of the corpus
+    checkpoint_sha256: str = ""  # of its manifest, which has the hashes of its files
 
     @property
     def backward(self) -> bool:
         """Whether it reads notes from their end to their beginning."""
         return bool(self.recipe["data"].get("backward", False))
+
+    def with_model(self, model: nn.Module) -> Trained:
+        """The same with other weights."""
+        return replace(self, model=model)
 
     def clean_text(self, text: str) -> str:
         """`text` as the model's training notes were cleaned."""
@@ -232,4 +237,5 @@ def load_trained(run: str, changes: dict[str, Any] | None = None) -> Trained:
         recipe=recipe,
         corpus_fingerprint=about["identity"]["corpus"],
         patients=known_patients(run),
+        checkpoint_sha256=hashlib.sha256(storage.read_bytes(storage.join(folder, checkpoint.MANIFEST))).hexdigest(),
     )

@@ -175,6 +175,14 @@ class Tokenizer:
         """Token ids of each cleaned text, with BOS and EOS as configured."""
         return [self._marked(self._body(text), self.eos) for text in texts]
 
+    def encode_words(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a note of these words, as `encode` gives them, and where the tokens of each word begin (int64,
+        one more than there are words).
+        """
+        spelled = self._spelled(words)
+        lengths = [int(self.bos), *(len(word) // self.dtype.itemsize for word in spelled)]
+        return self._marked(b"".join(spelled), self.eos), np.cumsum(lengths)
+
     def encode_prompt(self, text: str) -> np.ndarray:
         """Token ids of the beginning of a note: BOS as configured, no EOS."""
         return self._marked(self._body(text), False)

@@ -9,19 +9,27 @@ from cluster import logs
 
 
 class Example(NamedTuple):
-    """One labelled note. `label` indexes the classes of its cohort; `patient_id` decides its split."""
+    """One labelled note. `label` indexes the classes of its cohort (with several labels a note: all that apply,
+    ascending); `patient_id` decides its split. Where a task asks about something, `mentions` are the spans of it in
+    the text, in characters, end exclusive, and `query` is what is asked.
+    """
 
     example_id: str
     patient_id: str
     text: str
-    label: int
+    label: int | tuple[int, ...]
+    mentions: tuple[tuple[int, int], ...] = ()
+    query: str = ""
 
 
 class Cohort(NamedTuple):
-    """The examples of a task in a deterministic order. Of two classes, the second is the positive one."""
+    """The examples of a task in a deterministic order. Of two classes, the second is the positive one; with `several`
+    each class is a question of its own.
+    """
 
     examples: list[Example]
     classes: tuple[str, ...]
+    several: bool = False
 
 
 class Filter(NamedTuple):

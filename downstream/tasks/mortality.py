@@ -47,7 +47,7 @@ class MortalityTask(Section):
                 examples.append(Example(stay.hadm, stay.subject, text, int(stay.died)))
         filters.append(filtered("no note by then", stays, [e.patient_id for e in examples]))
         show_filters(f"death in hospital, asked {self.hours:g} hours after admission", "admissions", filters)
-        died = sum(example.label for example in examples)
+        died = sum(example.label == 1 for example in examples)
         logs.say(
             f"{sum(one.died for one in admissions):,} of {len(admissions):,} admissions end in death; {died:,} of "
             f"{len(examples):,} of those asked about"

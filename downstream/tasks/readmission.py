@@ -91,7 +91,7 @@ class ReadmissionTask(Section):
             if (text := clean(texts.get(stay.hadm, ""), config)).strip():
                 examples.append(Example(stay.hadm, stay.subject, text, stay.label))
         filters.append(filtered(f"no {missing}", stays, [e.patient_id for e in examples]))
-        positives = sum(example.label for example in examples)
+        positives = sum(example.label == 1 for example in examples)
         what = f"readmission within {rules.window_days:g} days ({self.preset}, {self.setting})"
         show_filters(what, "admissions", filters)
         dead, negative = competing_deaths(stays, lives, rules.window_days)

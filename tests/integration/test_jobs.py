@@ -138,7 +138,7 @@ def test_shard_pretrain_finetune_stop_and_resume_as_jobs(ray: Cluster, tmp_path:
         *(f"task.tables={tmp_path / 'hospital'}", "bootstrap_draws=20", "max_tokens=64"),
     )
     assert ray.wait(tuned) == "SUCCEEDED", ray.log(tuned)
-    assert (tmp_path / "out" / "metrics.json").exists()
+    assert (tmp_path / "out" / "results.json").exists()
 
 
 def test_a_failing_job_says_why_and_a_running_one_can_be_stopped(ray: Cluster, tmp_path: Path) -> None:

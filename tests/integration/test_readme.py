@@ -69,7 +69,7 @@ def test_own_notes(desk: Path) -> None:
     assert scores["perplexity"] < untrained["valid_perplexity"] / 2
     assert (run / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "samples").iterdir())
-    assert json.loads((run / "finetune/classify/metrics.json").read_text())["macro_f1"] > 0
+    assert json.loads((run / "finetune/classify/results.json").read_text())["macro_f1"] > 0
 
 
 def test_every_verb_stands_in_the_readme() -> None:

@@ -74,4 +74,4 @@ def test_every_verb(tmp_path: Path, corpus: str, name: str) -> None:
     assert all(0 < scores["bits_per_byte"] < 8 for scores in kept.values())
     assert list((tmp_path / "forward/samples").iterdir())
     assert (tmp_path / "lr/plots/find-lr.png").exists()
-    assert "auroc" in json.loads((tmp_path / "finetuned/metrics.json").read_text())
+    assert "auroc" in json.loads((tmp_path / "finetuned/results.json").read_text())

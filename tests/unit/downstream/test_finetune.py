@@ -1,4 +1,4 @@
-"""The verb from labelled CSV and a tiny language model to metrics.json; and what it refuses."""
+"""The verb from labelled CSV and a tiny language model to results.json; and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from downstream import finetune, predict
 from downstream.metrics import BINARY
 from downstream.tasks import TASKS
 from downstream.tasks.classify import ClassifyTask
-from downstream.tasks.examples import Example
+from downstream.tasks.examples import Cohort, Example
 from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
 from pretrain.run import Trained, hashed
 from sharding.clean import CleanConfig
@@ -49,7 +51,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = AwdLstm(AwdLstmConfig(embedding=8, hidden=12, layers=2), tokenizer.vocab_size).eval()
     opened = Trained(
         run="run", step=7, model=model, tokenizer=tokenizer, clean=CleanConfig(),
-        splits=SplitConfig(valid=0.25, test=0.25), recipe={}, corpus_fingerprint="c0",
+        splits=SplitConfig(valid=0.25, test=0.25),
+        recipe={"model": {"name": "awd-lstm", "embedding": 8, "hidden": 12, "layers": 2}, "data": {}},
+        corpus_fingerprint="c0", checkpoint_sha256="w0",
     )  # fmt: skip
     monkeypatch.setattr(finetune, "load_trained", lambda run: opened)
     return tmp_path
@@ -60,7 +64,7 @@ def arguments(folder: Path, classes: int, *more: str) -> list[str]:
         "run=run", f"out={folder}/out{classes}", "seeds=[1, 2]", "bootstrap_draws=20",
         "stages.epochs_head=2", "stages.epochs_top=1", "stages.epochs_all=1", "head.detectors=8",
         "task.name=classify", f"task.url={folder}/notes{classes}.csv", "task.text=note", "task.label=colour",
-        "task.id=id", "task.patient=patient", *more,
+        "task.id=id", "task.patient=patient", "tracking.wandb=disabled", *more,
     ]  # fmt: skip
 
 
@@ -68,26 +72,35 @@ def arguments(folder: Path, classes: int, *more: str) -> list[str]:
 def test_from_csv_to_metrics(tiny: Path, classes: int, capsys: pytest.CaptureFixture[str]) -> None:
     finetune.main(arguments(tiny, classes))
     out = tiny / f"out{classes}"
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "results.json").read_text())
     assert metrics["n_train"] + metrics["n_valid"] + metrics["n_test"] == 120
     names = [*BINARY] if classes == 2 else ["accuracy", "macro_f1"]
-    for prefix in ["", "baseline_", "difference_"] + (["majority_"] if classes == 3 else []):
+    prefixes = ["", "scratch_", "baseline_", "difference_", "difference_scratch_"]
+    for prefix in prefixes + ["majority_"] * (classes == 3):
         for name in names:
             value, low, high = (metrics[f"{prefix}{name}{end}"] for end in ("", "_low", "_high"))
-            assert low <= value <= high
+            # Where the classes are apart there is no line to calibrate by.
+            assert value is None or low <= value <= high
+            assert value is not None or name.startswith("calibration_")
     assert metrics[f"baseline_{names[0]}"] > 0.9  # a bag of words sees the colour
-    assert (out / "curves.png").exists() is (classes == 2)
-    rows = list(csv.DictReader((out / "predictions.csv").open()))
+    assert (out / "curves.png").exists()
+    rows = pq.read_table(out / "predictions.parquet").to_pylist()
     assert len(rows) == metrics["n_test"]
-    assert all(0 <= float(row["model_probability"]) <= 1 for row in rows)
+    for row in rows:
+        assert row["label"] in COLOURS
+        given = np.atleast_1d(row["model_probability"])
+        assert ((given >= 0) & (given <= 1)).all()
+    assert metrics["lineage"]["model"] == {"step": 7, "weights": "w0", "corpus": "c0"}
     printed = capsys.readouterr().out
-    assert SECRET not in printed + "".join(path.read_text(errors="replace") for path in out.iterdir())
+    assert SECRET not in printed + "".join(
+        path.read_text(errors="replace") for path in out.rglob("*") if path.is_file()
+    )
     assert "TF-IDF" in printed
 
-    before = (out / "metrics.json").stat().st_mtime_ns
+    before = (out / "results.json").stat().st_mtime_ns
     finetune.main(arguments(tiny, classes))
     assert "nothing left to do" in capsys.readouterr().out
-    assert (out / "metrics.json").stat().st_mtime_ns == before
+    assert (out / "results.json").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match=r"belongs to other settings \(recipe.stages.lr: .*choose another out="):
         finetune.main(arguments(tiny, classes, "stages.lr=0.5"))
 
@@ -95,16 +108,16 @@ def test_from_csv_to_metrics(tiny: Path, classes: int, capsys: pytest.CaptureFix
 def test_same_recipe_gives_the_same_numbers(tiny: Path) -> None:
     finetune.main(arguments(tiny, 2))
     finetune.main([word.replace("/out2", "/again") for word in arguments(tiny, 2)])
-    assert (tiny / "out2/metrics.json").read_bytes() == (tiny / "again/metrics.json").read_bytes()
-    assert (tiny / "out2/predictions.csv").read_bytes() == (tiny / "again/predictions.csv").read_bytes()
+    assert (tiny / "out2/results.json").read_bytes() == (tiny / "again/results.json").read_bytes()
+    assert pq.read_table(tiny / "out2/predictions.parquet") == pq.read_table(tiny / "again/predictions.parquet")
 
 
 def test_interrupted_run_starts_again(tiny: Path) -> None:
     finetune.main(arguments(tiny, 2))
-    first = (tiny / "out2/metrics.json").read_bytes()
-    (tiny / "out2/metrics.json").unlink()
+    first = (tiny / "out2/results.json").read_bytes()
+    (tiny / "out2/results.json").unlink()
     finetune.main(arguments(tiny, 2))
-    assert (tiny / "out2/metrics.json").read_bytes() == first
+    assert (tiny / "out2/results.json").read_bytes() == first
 
 
 def test_foreign_folder_is_not_written_into(tiny: Path) -> None:
@@ -116,7 +129,7 @@ def test_foreign_folder_is_not_written_into(tiny: Path) -> None:
 
 def test_long_notes_are_cut_and_counted(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finetune.main(arguments(tiny, 2, "max_tokens=5"))
-    assert "only the last max_tokens=5 tokens are read" in capsys.readouterr().out
+    assert "only max_tokens=5 tokens of each are read, the last ones" in capsys.readouterr().out
 
 
 def test_unknown_task_and_key_are_one_line(tiny: Path) -> None:
@@ -132,7 +145,7 @@ def test_patient_in_two_splits_stops_the_run() -> None:
         "test": [Example("3", "q", "", 0), Example("4", "r", "", 1)],
     }
     with pytest.raises(DataError, match="patient q is in train and in test"):
-        finetune.check(splits, ("a", "b"))
+        finetune.check(splits, Cohort([], ("a", "b")))
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -140,7 +153,6 @@ def test_new_notes_get_what_the_test_notes_got(tiny: Path, classes: int, monkeyp
     """In blocks, from the saved weights, to the last digit; a note without a word is counted, not guessed."""
     finetune.main(arguments(tiny, classes))
     opened = finetune.load_trained("run")
-    monkeypatch.setattr(predict, "load_trained", lambda run: opened)
     monkeypatch.setattr(predict, "BLOCK_BYTES", 1500)
     place = tiny / f"notes{classes}.csv"
     place.write_text(place.read_text() + "blank,p0,  ,red\n")
@@ -149,18 +161,18 @@ def test_new_notes_get_what_the_test_notes_got(tiny: Path, classes: int, monkeyp
     found = {row["id"]: row for row in csv.DictReader((tiny / f"out{classes}/predictions-notes{classes}.csv").open())}
     assert len(found) == 121
     assert (found["blank"]["class"], found["blank"]["probability"]) == ("", "")
-    tested = list(csv.DictReader((tiny / f"out{classes}/predictions.csv").open()))
+    tested = pq.read_table(tiny / f"out{classes}/predictions.parquet").to_pylist()
     assert len(tested) > 10
     for row in tested:
         again = found[row["example_id"]]
-        assert float(again["probability"]) == pytest.approx(float(row["model_probability"]), abs=2e-6)
+        assert float(again["probability"]) == pytest.approx(np.max(row["model_probability"]), abs=2e-6)
         if classes == 3:
             assert again["class"] == row["model"]
     assert SECRET not in (tiny / f"out{classes}/predictions-notes{classes}.csv").read_text()
-    (tiny / f"out{classes}/classifier-seed-2.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"classifier-seed-2\.safetensors: missing"):
+    (tiny / f"out{classes}/classifier-fold-1-seed-2.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"classifier-fold-1-seed-2\.safetensors: missing"):
         predict.main([folder, str(place), "id=id", "text=note"])
-    monkeypatch.setattr(predict, "load_trained", lambda run: replace(opened, step=8))
+    monkeypatch.setattr(finetune, "load_trained", lambda run: replace(opened, step=8))
     with pytest.raises(ConfigError, match="was made from step 7 of run, which is at step 8 now"):
         predict.main([folder, str(place), "id=id", "text=note"])
     with pytest.raises(ConfigError, match="holds no finished classifier"):
@@ -176,7 +188,7 @@ def test_a_leak_stops_the_verb(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DataError, match="the language model has read"):
         finetune.main(arguments(tiny, 2))
     finetune.main([word.replace("/out2", "/others") for word in arguments(tiny, 2, "others=true")])
-    assert (tiny / "others/metrics.json").exists()
+    assert (tiny / "others/results.json").exists()
 
 
 def test_a_copied_note_stops_the_verb(tiny: Path) -> None:
@@ -194,7 +206,7 @@ def test_a_copied_note_stops_the_verb(tiny: Path) -> None:
 def test_split_without_both_classes_stops_the_run() -> None:
     splits = {"train": [Example("1", "p", "", 0), Example("2", "q", "", 1)], "test": [Example("3", "r", "", 0)]}
     with pytest.raises(DataError, match=r"no test note has the class 'b' \(1 notes in all\)"):
-        finetune.check(splits, ("a", "b"))
+        finetune.check(splits, Cohort([], ("a", "b")))
 
 
 def test_run_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:

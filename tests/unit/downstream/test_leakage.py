@@ -57,20 +57,39 @@ def test_a_copied_note(changed: float) -> None:
     texts = [" ".join(words) for words in [*notes, halves, copy]]
     examples = [Example(str(n), f"p{n}", text, 0) for n, text in enumerate(texts)]
     clean = {"train": examples[:40], "test": examples[40:61]}
-    assert leakage.copies(clean) == []
-    leakage.check_copies(clean)
+    assert leakage.copies([clean]) == []
+    leakage.check_copies([clean])
     planted = {"train": examples[:40], "test": examples[40:]}
-    assert [(a, b.example_id, c, d.example_id) for a, b, c, d in leakage.copies(planted)] == [
+    assert [(a, b.example_id, c, d.example_id) for a, b, c, d in leakage.copies([planted])] == [
         ("test", "61", "train", "7")
     ]
     with pytest.raises(
         DataError, match="1 notes are nearly the same as one of another split, such as 61 in test and 7"
     ):
-        leakage.check_copies(planted)
+        leakage.check_copies([planted])
+
+
+def test_a_copy_counts_where_a_fold_parts_it_from_its_original() -> None:
+    text = " ".join(f"w{n}" for n in range(80))
+    one, copy = Example("1", "p", text, 0), Example("2", "q", f"{text} more", 0)
+    together: leakage.Splits = {"train": [one, copy], "test": []}
+    assert leakage.copies([together, together]) == []
+    apart: leakage.Splits = {"train": [copy], "test": [one]}
+    assert [found[1].example_id for found in leakage.copies([together, apart])] == ["2"]
+
+
+def test_a_note_the_language_model_would_read_that_is_one_of_test() -> None:
+    text = " ".join(f"w{n}" for n in range(80))
+    test = [Example("1", "p", text, 0), Example("1b", "p", text, 1)]
+    leakage.check_unlabelled(test, [("q", " ".join(f"v{n}" for n in range(80)))])
+    with pytest.raises(
+        DataError, match=r"1 notes of lm\.notes are nearly the same as one of test, such as one of .* r "
+    ):
+        leakage.check_unlabelled(test, [("q", "short"), ("r", f"{text} more")])
 
 
 @pytest.mark.skipif(not MTSAMPLES.exists(), reason="CHARTLM_DATA with mtsamples is not there")
 def test_real_notes_raise_no_alarm() -> None:
     task = ClassifyTask(url=str(MTSAMPLES), text="transcription", label="medical_specialty")
     examples = task.cohort(CleanConfig()).examples
-    assert leakage.copies({"train": examples[::2], "test": examples[1::2]}) == []
+    assert leakage.copies([{"train": examples[::2], "test": examples[1::2]}]) == []

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -22,10 +23,14 @@ from downstream.metrics import (
     auprc,
     auroc,
     brier,
+    calibration_line,
+    confusion,
     ece,
     evaluate,
+    evaluate_several,
     macro_f1,
     patient_draws,
+    per_class,
     rp80,
     selection,
     sensitivity_90,
@@ -142,3 +147,138 @@ def test_calibration_undoes_what_training_did() -> None:
     assert (cooled(of_three).argmax(1) == of_three.argmax(1)).all()
     few = calibrate(np.array([0, 1]), np.array([[0.9, 0.1], [0.1, 0.9]]))
     assert 0.2 < few.temperature < 1  # two right answers do not make it certain
+
+
+def several_labels(seed: int, rows: int = 60, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """0 and 1 [N, K], and probabilities with many ties that know something of them."""
+    generator = np.random.default_rng(seed)
+    labels_NK = (generator.random((rows, classes)) < 0.3).astype(np.int64)
+    return labels_NK, np.round(0.3 * labels_NK + 0.7 * generator.random((rows, classes)), 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_of_several_labels_are_those_of_sklearn(seed: int) -> None:
+    labels_NK, p_NK = several_labels(seed)
+    labels_NK[0] = 1  # no class is without notes
+    scores = evaluate_several(labels_NK, {"model": p_NK}, [str(n) for n in range(60)], 0, 0)["model"]
+    said_NK = p_NK >= 0.5
+    expected = {
+        "micro_f1": f1_score(labels_NK, said_NK, average="micro"),
+        "macro_f1": f1_score(labels_NK, said_NK, average="macro"),
+        "macro_auroc": roc_auc_score(labels_NK, p_NK, average="macro"),
+        "macro_auprc": average_precision_score(labels_NK, p_NK, average="macro"),
+    }
+    assert {name: interval.value for name, interval in scores.items()} == pytest.approx(expected, abs=1e-12)
+    assert selection(labels_NK, p_NK) == pytest.approx(expected["macro_auprc"], abs=1e-12)
+
+
+def test_draws_of_several_labels_are_those_of_each_class_alone() -> None:
+    """In draws, where notes count several times or not at all, the areas are those of two classes, one by one."""
+    labels_NK, p_NK = several_labels(0, rows=12)
+    labels_NK[:, 3] = np.arange(12) == 0  # in many draws no note has it
+    patients = [str(n // 2) for n in range(12)]
+    scores = evaluate_several(labels_NK, {"model": p_NK}, patients, 200, 7)["model"]
+    for name, metric in (("macro_auroc", auroc), ("macro_auprc", auprc)):
+        drawn = [
+            [metric(labels_N, p_N, weights_N) for labels_N, p_N in zip(labels_NK.T, p_NK.T, strict=True)]
+            for weights_N in patient_draws(patients, 200, 7)
+        ]
+        assert any(math.isnan(values[3]) for values in drawn)
+        means = [np.mean([value for value in values if not math.isnan(value)]) for values in drawn]
+        low, high = np.percentile(means, [2.5, 97.5])
+        assert scores[name][1:] == pytest.approx((low, high), abs=1e-12)
+    drawn = [
+        f1_score(labels_NK, p_NK >= 0.5, average="micro", sample_weight=weights_N)
+        for weights_N in patient_draws(patients, 200, 7)
+    ]
+    assert scores["micro_f1"][1:] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1e-12)
+
+
+def test_differences_of_several_labels_are_paired() -> None:
+    labels_NK, p_NK = several_labels(1)
+    patients = [str(n // 3) for n in range(60)]
+    scores = evaluate_several(labels_NK, {"model": p_NK, "same": p_NK.copy(), "worse": 1 - p_NK}, patients, 100, 0)
+    assert set(scores) == {"model", "same", "worse", "model - same", "model - worse"}
+    assert all(interval == (0, 0, 0) for interval in scores["model - same"].values())
+    assert scores["model - worse"]["macro_auroc"].low > 0
+    assert (
+        scores["model"]["macro_auroc"].low < scores["model"]["macro_auroc"].value < scores["model"]["macro_auroc"].high
+    )
+
+
+def test_class_that_no_note_has_or_every_one_does_not_count() -> None:
+    labels_NK, p_NK = np.array([[1, 0, 1], [0, 0, 1]]), np.array([[0.9, 0.1, 0.6], [0.2, 0.3, 0.7]])
+    scores = evaluate_several(labels_NK, {"model": p_NK}, ["a", "b"], 0, 0)["model"]
+    assert [scores[name].value for name in ("micro_f1", "macro_f1", "macro_auroc", "macro_auprc")] == [1, 1, 1, 1]
+    labels_NK[0] = 0, 0, 1
+    assert math.isnan(selection(labels_NK, p_NK))
+    with np.errstate(all="raise"):  # nothing is there and nothing was said
+        nothing = evaluate_several(0 * labels_NK, {"model": 0 * p_NK}, ["a", "b"], 2, 0)["model"]
+    assert all(np.isnan(interval).all() for interval in nothing.values())
+
+
+def test_class_by_class() -> None:
+    labels_N, p_NK = np.array([0, 0, 1, 2]), np.eye(4)[[0, 1, 1, 0]]
+    assert per_class(labels_N, p_NK) == [
+        (0.5, 0.5, 0.5, 2),
+        (0.5, 1.0, pytest.approx(2 / 3), 1),
+        (0, 0, 0, 1),
+        (0,) * 4,
+    ]
+    assert confusion(labels_N, p_NK).tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    labels_NK = np.array([[1, 0], [1, 1], [0, 0]])
+    p_NK = np.array([[0.5, 0.4], [0.4, 0.9], [0.6, 0.8]])
+    assert per_class(labels_NK, p_NK) == [(0.5, 0.5, 0.5, 2), (0.5, 1.0, pytest.approx(2 / 3), 1)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_line_is_logistic_regression_on_the_logits(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    p_N = generator.beta(0.5, 2, size=400)
+    labels_N = (generator.random(400) < p_N**1.5).astype(np.int64)
+    weights_N = generator.integers(3, size=400).astype(float)
+    logit_N1 = np.log(p_N / (1 - p_N))[:, None]
+    model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(logit_N1, labels_N, weights_N)
+    expected = float(model.coef_[0, 0]), float(model.intercept_[0])
+    assert calibration_line(labels_N, p_N, weights_N) == pytest.approx(expected, abs=1e-4)
+
+
+def test_calibration_line_finds_what_was_done_to_true_probabilities() -> None:
+    generator = np.random.default_rng(0)
+    logit_N = 1.5 * generator.standard_normal(50_000) - 1
+    labels_N = (generator.random(50_000) < 1 / (1 + np.exp(-logit_N))).astype(np.int64)
+    for slope, intercept in ((1.0, 0.0), (0.5, -1.0), (2.0, 1.0)):
+        said_N = 1 / (1 + np.exp(-(logit_N - intercept) / slope))
+        assert calibration_line(labels_N, said_N) == pytest.approx((slope, intercept), abs=0.06)
+        binary = evaluate(labels_N, {"model": np.stack([1 - said_N, said_N], 1)}, ["a"] * 50_000, 1, 0)["model"]
+        line = calibration_line(labels_N, said_N)
+        assert (binary["calibration_slope"].value, binary["calibration_intercept"].value) == line
+
+
+def test_calibration_line_of_parted_classes_is_undefined() -> None:
+    labels_N = np.array([0, 0, 1, 1])
+    for p_N in ([0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.2, 0.3], [0.5] * 4, [0.0, 0.0, 1.0, 1.0]):
+        assert math.isnan(calibration_line(labels_N, np.array(p_N))[0])
+    assert math.isnan(calibration_line(np.zeros(4, np.int64), np.linspace(0.1, 0.9, 4))[0])
+    slope, _ = calibration_line(labels_N, np.array([0.1, 0.3, 0.2, 1.0]))  # a probability of 1 has a logit as well
+    assert 0 < slope < 10
+    ones = np.array([1.0, 1.0, 0.0, 1.0])  # in this draw a threshold parts them
+    assert math.isnan(calibration_line(labels_N, np.array([0.1, 0.3, 0.2, 1.0]), ones)[0])
+
+
+def test_calibration_line_where_newton_overshoots_or_logits_are_close() -> None:
+    """Found by search: a rare class that is surely wrong, hessians that vanish; and a model that says one thing."""
+    cases: list[tuple[list[float], list[int], list[int]]] = [
+        ([0.16, -4.13, 0.0, 0.2], [29780, 5, 3, 73], [2, 0, 0, 7]),
+        ([-0.6, -0.4, -0.22, 2.44, -1.19], [121, 0, 75989, 13521, 63], [1, 0, 2, 0, 1]),
+        ([-0.52, 0.06, 0.04, -0.09], [790, 7, 66587, 0], [0, 337, 27, 3]),
+        (np.random.default_rng(0).normal(-2, 1e-8, 50).tolist(), [1] * 50, [n % 3 for n in range(50)]),
+    ]
+    for logits, positive, negative in cases:
+        logit_N = np.array([*logits, *logits])
+        labels_N, weights_N = np.repeat([1, 0], len(logits)), np.array([*positive, *negative], float)
+        p_N = 1 / (1 + np.exp(-logit_N))
+        slope, intercept = calibration_line(labels_N, p_N, weights_N)
+        excess_N = weights_N * (1 / (1 + np.exp(-(intercept + slope * logit_N))) - labels_N)
+        assert excess_N.sum() == pytest.approx(0, abs=1e-3)  # as many positives as was said, low and high
+        assert excess_N @ (logit_N - logit_N.mean()) / logit_N.std() == pytest.approx(0, abs=1e-3)

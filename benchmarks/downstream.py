@@ -1,0 +1,147 @@
+"""What a pretrained model of open text is worth downstream, beside what a user would pick instead, on the same folds.
+
+    CHARTLM_DATA=DATA .venv/bin/python benchmarks/downstream.py work=DIR [workers=2] [patients=1500]
+
+1. open text → shards → a small Transformer-XL (recipes/open-text). No report that is tested is in it.
+2. specialty and mention status of MTSamples, 200 labels and all, five folds; the model has read the reports of the
+   other folds ([lm]), without labels.
+3. a synthetic hospital: pretrained on the notes of the training patients, readmission from discharge summaries.
+
+Every row stays in the tables, also where a bar wins. Interrupted, the same command goes on from what stands in `work`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Python looks for modules beside the script, where `sharding` is another file.
+BESIDE = sys.path[0]
+HERE = Path(__file__).resolve().parents[1]
+sys.path[0] = str(HERE)
+sys.path.append(BESIDE)
+
+import open_text  # noqa: E402  (benchmarks/open_text.py)
+
+from cluster import cli  # noqa: E402
+
+DEFAULTS: dict[str, Any] = {"work": "", "workers": 2, "patients": 1500, "only": ""}
+FEW = 200
+ROWS = ("model", "scratch", "baseline", "untold", "majority")
+
+
+def verb(name: str, *args: str) -> None:
+    """Runs a verb of chartlm in this process."""
+    cli.run_verb(name, list(args))
+
+
+def finetuned(recipe: str, out: Path, *args: str) -> dict[str, Any]:
+    """Results of a recipe, from where they stand or made now."""
+    place = out / "results.json"
+    if not place.exists():
+        verb("finetune", str(HERE / recipe), f"out={out}", "tracking.wandb=disabled", *args)
+    found: dict[str, Any] = json.loads(place.read_text())
+    return found
+
+
+def of_open_text(work: Path, workers: int) -> dict[str, dict[str, Any]]:
+    """Specialty and status, by few labels and by all."""
+    run = work / "runs/open-text"
+    if not (run / "folds.csv").exists():
+        data = os.environ.get("CHARTLM_DATA")
+        if not data:
+            sys.exit("downstream.py: set CHARTLM_DATA to the folder that holds mtsamples, concepts and wikitext-2")
+        print(f"files: {open_text.write(Path(data), run)}")
+    files = [f"input={run}/open.csv", f"output={run}/shards"]
+    if not (run / "shards/manifest.json").exists():
+        verb("shard", str(HERE / "recipes/open-text/shard.toml"), *files)
+    pretrain = [f"run_dir={run}", f"data.corpus={run}/shards", "tracking.wandb=disabled"]
+    verb("pretrain", str(HERE / "recipes/open-text/transformer_xl.toml"), *pretrain)
+    found = {}
+    for task, file in (("specialty", "specialty.csv"), ("status", "status.jsonl")):
+        for size, labels in (("200", [f"labels={FEW}"]), ("full", [])):
+            places = [f"run={run}", f"task.url={run}/{file}"]
+            places += [f"folds_file={run}/folds.csv", f"lm.notes={run}/notes.csv"]
+            recipe = f"recipes/open-text/{task}.toml"
+            found[f"{task}_{size}"] = finetuned(recipe, work / f"{task}-{size}", *places, *labels, f"workers={workers}")
+    return found
+
+
+def of_hospital(work: Path, patients: int) -> dict[str, Any]:
+    """Readmission in a synthetic hospital."""
+    hospital, run = work / "hospital", work / "runs/hospital"
+    demo = HERE / "recipes/demo"
+    if not (hospital / "NOTEEVENTS.csv.gz").exists():
+        verb("hospital", str(demo / "hospital.toml"), f"out={hospital}", f"patients={patients}")
+    if not (run / "shards/manifest.json").exists():
+        files = [f"input={hospital}/NOTEEVENTS.csv.gz", f"output={run}/shards"]
+        verb("shard", str(demo / "shard.toml"), *files)
+    pretrain = [f"run_dir={run}", f"data.corpus={run}/shards", "cluster.workers=0", "tracking.wandb=disabled"]
+    verb("pretrain", str(demo / "awd_lstm.toml"), *pretrain)
+    return finetuned("recipes/demo/finetune.toml", work / "readmission", f"run={run}", f"task.tables={hospital}")
+
+
+def table(title: str, results: dict[str, dict[str, Any]], metric: str) -> None:
+    """One line a system, one column a result."""
+    print(f"\n{title}: {metric}, 95% interval over patients")
+    print(f"{'':<10}" + "".join(f"{name:>32}" for name in results))
+    for system in ROWS:
+        prefix = "" if system == "model" else f"{system}_"
+        cells = []
+        for found in results.values():
+            value = found.get(f"{prefix}{metric}")
+            ends = [found.get(f"{prefix}{metric}_{end}") for end in ("low", "high")]
+            cells.append("" if value is None else f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]")
+        if any(cells):
+            print(f"{system:<10}" + "".join(f"{cell:>32}" for cell in cells))
+    for other in ROWS[1:]:
+        prefix = "difference_" if other == "baseline" else f"difference_{other}_"
+        cells = []
+        for found in results.values():
+            value = found.get(f"{prefix}{metric}")
+            ends = [found.get(f"{prefix}{metric}_{end}") for end in ("low", "high")]
+            cells.append("" if value is None else f"{100 * value:+.1f} [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]")
+        if any(cells):
+            print(f"less {other:<8}"[:14].ljust(10) + "".join(f"{cell:>32}" for cell in cells))
+
+
+def main() -> None:
+    """Prints the tables, and as the last line one JSON object."""
+    given = dict(DEFAULTS)
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        if key not in DEFAULTS or not value:
+            sys.exit(f"no key {key!r}; the keys are {', '.join(DEFAULTS)}")
+        given[key] = type(DEFAULTS[key])(value)
+    if not given["work"]:
+        sys.exit("work=DIR says where everything goes")
+    work = Path(given["work"]).resolve()
+    began = time.monotonic()
+    line: dict[str, Any] = {}
+    if given["only"] != "hospital":
+        found = of_open_text(work, given["workers"])
+        for task in ("specialty", "status"):
+            table(task, {name: one for name, one in found.items() if name.startswith(task)}, "macro_f1")
+        for name, one in found.items():
+            line[name.replace("_", "_f1_")] = round(100 * one["macro_f1"], 1)
+        for task in ("specialty", "status"):
+            line[f"tfidf_{task}_f1_200"] = round(100 * found[f"{task}_200"]["baseline_macro_f1"], 1)
+            line[f"tfidf_{task}_f1_full"] = round(100 * found[f"{task}_full"]["baseline_macro_f1"], 1)
+        line["untold_status_f1_200"] = round(100 * found["status_200"]["untold_macro_f1"], 1)
+    if given["only"] != "open-text":
+        hospital = of_hospital(work, given["patients"])
+        table("synthetic hospital, readmission", {"readmission": hospital}, "auroc")
+        for name, prefix in (("baseline", "difference_"), ("scratch", "difference_scratch_")):
+            key = "auroc_gain_over_tfidf" if name == "baseline" else "auroc_gain_over_scratch"
+            line[key] = round(hospital[f"{prefix}auroc"], 4)
+            line[f"{key}_interval"] = [round(hospital[f"{prefix}auroc_{end}"], 4) for end in ("low", "high")]
+    line["minutes"] = round((time.monotonic() - began) / 60, 1)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The quick answer: the language model stays frozen, every note is read once, and logistic regression stands on top.
+
+    states   the model's: their mean and maximum over the note, or, where mentions are known, at, before and beside them
+    words    TF-IDF of words and word pairs, or, beside mentions, of the words on either side
+    topics   latent semantic analysis of the same (Deerwester et al. 1990), learned from the unlabelled notes as well
+    place    how far into the note a mention stands
+
+Each is a block of unit length, so that one regularization fits all. With a few hundred labels this beats fine-tuning a
+small model, in seconds; `features` says which blocks there are, and a run with ["states"] shows what they are worth.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import scipy.sparse as sparse
+import torch
+from pydantic import Field
+from sklearn.decomposition import TruncatedSVD
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.preprocessing import normalize
+from torch import Tensor
+
+from cluster.config import Section
+from downstream.classifier import Batch, NoteClassifier, batches, padded
+from downstream.metrics import Floats, Ints, selection
+from downstream.reading import Note
+from downstream.tasks.examples import Example
+
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # inverse regularization C
+BESIDE = (16, 64)  # tokens on each side of a mention over which states are averaged
+NEAR, FAR = 15, 60  # words on each side of a mention
+STEPS = np.linspace(0, 1, 9)  # of the place in the note
+MAX_FEATURES = 100_000
+
+
+class FrozenConfig(Section):
+    """Section [frozen], for mode = "frozen"."""
+
+    features: tuple[Literal["states", "words", "topics", "place"], ...] = Field(
+        ("states", "words", "topics", "place"), min_length=1
+    )
+    topics: int = Field(300, ge=2, description="of each view of the note")
+
+
+@torch.no_grad()
+def pooled_states(
+    reader: NoteClassifier, notes: Sequence[Note], size: int, advance: Callable[[int, str], None]
+) -> Floats:
+    """[N, P]: of each note the pools of its states by the language model as it is."""
+    reader.eval()
+    device = next(reader.parameters()).device
+    alike: dict[bytes, list[int]] = {}  # a note may be asked about many mentions: it is read once
+    for place, note in enumerate(notes):
+        alike.setdefault(note.tokens.tobytes(), []).append(place)
+    groups = list(alike.values())
+    found: list[Floats] = [np.empty(0)] * len(notes)
+    for indices in batches([len(notes[group[0]].tokens) for group in groups], size, None):
+        batch: Batch = padded([notes[groups[i][0]] for i in indices], device)
+        states_BTE = torch.cat(list(reader.states(batch, None)), 1).cpu()
+        for i, states_TE in zip(indices, states_BTE, strict=True):
+            for place in groups[i]:
+                found[place] = _pools(states_TE[: len(notes[place].tokens)], notes[place])
+            advance(sum(len(notes[place].tokens) for place in groups[i]), "")
+    return np.stack(found)
+
+
+def _pools(states_TE: Tensor, note: Note) -> Floats:
+    if not note.mentions:
+        return torch.cat([states_TE.mean(0), states_TE.amax(0)]).double().numpy()
+    pools = []
+    for start, end in note.mentions:
+        beside = [states_TE[max(0, start - width) : max(1, start)].mean(0) for width in BESIDE]
+        beside += [states_TE[min(end, len(states_TE) - 1) : end + width].mean(0) for width in BESIDE]
+        pools.append(torch.cat([states_TE[end - 1], states_TE[max(0, start - 1)], *beside]))
+    return torch.stack(pools).mean(0).double().numpy()
+
+
+def sides(example: Example, width: int) -> tuple[list[str], list[str]]:
+    """The `width` words before and after each mention, in lower case."""
+    text = example.text.lower()
+    before = [word for start, _ in example.mentions for word in text[:start].split()[-width:]]
+    after = [word for _, end in example.mentions for word in text[end:].split()[:width]]
+    return before, after
+
+
+def told(example: Example) -> str:
+    """What a linear model is told of an example: the note, or each side of its mentions and the mention itself."""
+    if not example.mentions:
+        return example.text
+    before, after = sides(example, NEAR)
+    said = [example.text[start:end].lower().replace(" ", "_") for start, end in example.mentions]
+    return " ".join(
+        [*(f"l_{word}" for word in before), *(f"r_{word}" for word in after), *(f"c_{word}" for word in said)]
+    )
+
+
+def _views(examples: Sequence[Example]) -> list[list[str]]:
+    """The texts of which topics are made: the note, or the words before and after mentions, near and far."""
+    if not any(example.mentions for example in examples):
+        return [[example.text for example in examples]]
+    return [[" ".join(sides(example, width)[side]) for example in examples] for width in (NEAR, FAR) for side in (0, 1)]
+
+
+def place(example: Example) -> Floats:
+    """Where the first mention stands: bumps over its share of the note, and over its distance from the beginning."""
+    if not example.mentions:
+        return np.zeros(2 * len(STEPS))
+    start = example.mentions[0][0]
+    shares = start / len(example.text), min(start, 4000) / 4000
+    return np.concatenate([np.exp(-(((share - STEPS) / 0.12) ** 2)) for share in shares])
+
+
+class Words(NamedTuple):
+    """A fitted TF-IDF: terms with their inverse document frequencies."""
+
+    terms: list[str]
+    idf: Floats
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], min_df: int) -> Words:
+        """Of single words and pairs."""
+        found = cls._vectorizer(min_df=min_df, max_features=MAX_FEATURES).fit(texts)
+        return cls(found.get_feature_names_out().tolist(), found.idf_)
+
+    @staticmethod
+    def _vectorizer(**settings: Any) -> TfidfVectorizer:
+        return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S*\w\S*", **settings)
+
+    def __call__(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """[N, terms], rows of unit length."""
+        vectorizer = self._vectorizer(vocabulary={term: i for i, term in enumerate(self.terms)})
+        vectorizer.idf_ = self.idf
+        return vectorizer.transform(texts)
+
+
+def npz(arrays: Mapping[str, Any]) -> bytes:
+    """Arrays by name as one compressed file."""
+    written = io.BytesIO()
+    np.savez_compressed(written, allow_pickle=False, **arrays)
+    return written.getvalue()
+
+
+class Frozen:
+    """Blocks of features and a regression. `arrays` is all of it, as numbers and names."""
+
+    def __init__(self, settings: FrozenConfig, arrays: dict[str, Any]):
+        self.settings, self.arrays = settings, arrays
+
+    def save(self) -> bytes:
+        """As one file without code in it (no pickle)."""
+        stored = {
+            key: np.frombuffer(json.dumps(value).encode(), np.uint8) if isinstance(value, list) else value
+            for key, value in self.arrays.items()
+        }
+        return npz(stored)
+
+    @classmethod
+    def load(cls, settings: FrozenConfig, content: bytes) -> Frozen:
+        """From what `save` gave."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = {
+                key: json.loads(stored[key].tobytes()) if key.endswith("terms") else stored[key] for key in stored.files
+            }
+        return cls(settings, arrays)
+
+    def _features(self, examples: Sequence[Example], states_NP: Floats) -> sparse.csr_matrix:
+        arrays, blocks = self.arrays, []
+        for kind in self.settings.features:
+            if kind == "states":
+                blocks.append(sparse.csr_matrix(normalize((states_NP - arrays["mean"]) / arrays["deviation"])))
+            elif kind == "words":
+                blocks.append(Words(arrays["terms"], arrays["idf"])([told(example) for example in examples]))
+            elif kind == "topics":
+                views = _views(examples)
+                for view, texts in enumerate(views):
+                    words = Words(arrays[f"topic{view}_terms"], arrays[f"topic{view}_idf"])(texts)
+                    topics = normalize(words @ arrays[f"topic{view}_axes"].T)
+                    blocks.append(sparse.csr_matrix(topics / np.sqrt(len(views))))
+            elif any(example.mentions for example in examples):
+                blocks.append(sparse.csr_matrix(normalize(np.stack([place(example) for example in examples]))))
+        return sparse.hstack(blocks).tocsr()
+
+    def __call__(self, examples: Sequence[Example], states_NP: Floats) -> Floats:
+        """Probabilities [N, K]."""
+        return self.of_features(self._features(examples, states_NP))
+
+    def of_features(self, features: sparse.csr_matrix) -> Floats:
+        """Probabilities [N, K] of rows of features."""
+        logits_NK = features @ self.arrays["weight"].T + self.arrays["bias"]
+        if self.arrays["several"]:
+            alone: Floats = 1 / (1 + np.exp(-logits_NK))
+            return alone
+        if logits_NK.shape[1] == 1:
+            logits_NK = np.concatenate([np.zeros_like(logits_NK), logits_NK], 1)
+        raised = np.exp(logits_NK - logits_NK.max(1, keepdims=True))
+        found: Floats = raised / raised.sum(1, keepdims=True)
+        return found
+
+
+def fit(
+    settings: FrozenConfig,
+    data: Mapping[str, tuple[Sequence[Example], Floats, Ints]],
+    unlabelled: Sequence[Example],
+    seed: int,
+) -> tuple[dict[str, Floats], Frozen, float]:
+    """Learns from `train`, chooses the regularization on `valid`, and then learns from both.
+
+    `data`: by split (examples, pooled states, labels). Returns the probabilities of `valid` (by the model that has not
+    seen it) and of `test`, the model, and the C that was chosen.
+    """
+    train, valid, test = data["train"], data["valid"], data["test"]
+    arrays = _learn_blocks(settings, [*train[0], *valid[0]], np.concatenate([train[1], valid[1]]), unlabelled, seed)
+    blocks = Frozen(settings, arrays)
+    features = {name: blocks._features(examples, states_NP) for name, (examples, states_NP, _) in data.items()}
+
+    def regression(strength: float, names: tuple[str, ...]) -> Frozen:
+        joined = sparse.vstack([features[name] for name in names])
+        labels = np.concatenate([data[name][2] for name in names])
+        return Frozen(settings, arrays | regress(joined, labels, strength))
+
+    def score(strength: float) -> tuple[float, Floats]:
+        said = regression(strength, ("train",))(valid[0], valid[1])
+        return selection(valid[2], said), said
+
+    scored = {strength: score(strength) for strength in STRENGTHS}
+    strength = max(scored, key=lambda one: scored[one][0])
+    found = regression(strength, ("train", "valid"))
+    return {"valid": scored[strength][1], "test": found(test[0], test[1])}, found, strength
+
+
+def regress(features: sparse.csr_matrix, labels: Ints, strength: float) -> dict[str, Any]:
+    """`weight`, `bias` and `several` of a balanced logistic regression."""
+    one = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        if labels.ndim == 2:
+            many = OneVsRestClassifier(one).fit(features, labels).estimators_
+            weight, bias = np.concatenate([m.coef_ for m in many]), np.concatenate([m.intercept_ for m in many])
+        else:
+            one.fit(features, labels)
+            weight, bias = one.coef_, one.intercept_
+    return {"weight": weight, "bias": bias, "several": np.array(labels.ndim == 2)}
+
+
+def _learn_blocks(
+    settings: FrozenConfig, labelled: Sequence[Example], states_NP: Floats, unlabelled: Sequence[Example], seed: int
+) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    if "states" in settings.features:
+        arrays |= {"mean": states_NP.mean(0), "deviation": states_NP.std(0) + 1e-6}
+    if "words" in settings.features:
+        words = Words.fit([told(example) for example in labelled], 2)
+        arrays |= {"terms": words.terms, "idf": words.idf}
+    if "topics" in settings.features:
+        for view, texts in enumerate(_views([*labelled, *unlabelled])):
+            words = Words.fit(texts, 2)
+            axes = min(settings.topics, len(words.terms) - 1, len(texts) - 1)
+            found = TruncatedSVD(axes, random_state=seed).fit(words(texts))
+            arrays |= {f"topic{view}_terms": words.terms, f"topic{view}_idf": words.idf}
+            arrays[f"topic{view}_axes"] = found.components_.astype(np.float32)
+    return arrays
