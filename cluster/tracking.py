@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cluster import storage
+from cluster import logs, storage
 from cluster.config import Section
 
 FILE = "metrics.jsonl"
@@ -119,24 +119,28 @@ def _wandb(run: str, config: TrackingConfig, run_id: str, recipe: dict[str, Any]
 
     # Where the run lives on an object store, W&B's own files stay on this machine.
     folder = storage.local_path(run) if storage.is_local(run) else tempfile.mkdtemp(prefix="chartlm-wandb-")
-    started = wandb.init(
-        project=config.project,
-        id=run_id,
-        name=run.rstrip("/").rsplit("/", 1)[-1],
-        resume="allow",
-        mode=mode,
-        dir=str(folder),
-        config=recipe,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",  # captured output could carry text
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            # The default flushes every 15 s: a SIGKILL would lose as much of the curve.
-            x_transaction_log_flush_interval=0.5,
-        ),
-    )
+    try:
+        started = wandb.init(
+            project=config.project,
+            id=run_id,
+            name=run.rstrip("/").rsplit("/", 1)[-1],
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=recipe,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",  # captured output could carry text
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                # The default flushes every 15 s: a SIGKILL would lose as much of the curve.
+                x_transaction_log_flush_interval=0.5,
+            ),
+        )
+    except Exception as exc:  # noqa: BLE001 - of whatever kind: the mirror must not end what it mirrors
+        logs.say(f"{run}: W&B does not start ({type(exc).__name__}); the numbers go on in {FILE}")
+        return None
     started.define_metric("*", step_metric="global_step")
     return started
 

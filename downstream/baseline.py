@@ -10,12 +10,12 @@ would be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from downstream.frozen import Frozen, FrozenConfig, regress, told
+from downstream.frozen import Frozen, FrozenConfig, chosen, regress, told
 from downstream.metrics import Floats, Ints, selection
 from downstream.tasks.examples import Example
 
@@ -47,22 +47,28 @@ def tfidf_regression(
     train and valid, as the frozen mode has it.
     """
     labels = {name: labels_of(examples, classes, several) for name, examples in splits.items()}
+    texts = {name: [text_of(example) for example in examples] for name, examples in splits.items()}
 
-    def fitted(names: tuple[str, ...], strength: float) -> Callable[[str], Floats]:
-        texts = [text_of(example) for name in names for example in splits[name]]
+    def fitted(names: tuple[str, ...]) -> tuple[TfidfVectorizer, Any, Ints]:
         vectorizer = TfidfVectorizer(
             ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=MAX_FEATURES, token_pattern=WORD
         )
-        features = vectorizer.fit_transform(texts)
-        arrays = regress(features, np.concatenate([labels[name] for name in names]), strength)
-        model = Frozen(FrozenConfig(), arrays)
-        return lambda name: model.of_features(vectorizer.transform([text_of(e) for e in splits[name]]))
+        features = vectorizer.fit_transform(text for name in names for text in texts[name])
+        return vectorizer, features, np.concatenate([labels[name] for name in names])
 
-    scored = {strength: fitted(("train",), strength) for strength in STRENGTHS}
-    said = {strength: predict("valid") for strength, predict in scored.items()}
-    strength = max(said, key=lambda one: selection(labels["valid"], said[one]))
-    predict = fitted(("train", "valid"), strength) if refit else scored[strength]
-    return Baseline({"valid": said[strength], "test": predict("test")}, strength)
+    def said(names: tuple[str, ...], strength: float, split: str) -> Floats:
+        vectorizer, features, known = fits[names]
+        model = Frozen(FrozenConfig(), regress(features, known, strength))
+        return model.of_features(vectorizer.transform(texts[split]))
+
+    both = ("train", "valid")
+    fits = {names: fitted(names) for names in ([("train",), both] if refit else [("train",)])}
+    if refit:
+        strength = chosen(fits[both][1], fits[both][2], STRENGTHS, 0)
+    else:
+        strength = max(STRENGTHS, key=lambda one: selection(labels["valid"], said(("train",), one, "valid")))
+    test = said(both if refit else ("train",), strength, "test")
+    return Baseline({"valid": said(("train",), strength, "valid"), "test": test}, strength)
 
 
 def majority(splits: Mapping[str, Sequence[Example]], classes: int, several: bool) -> dict[str, Floats]:

@@ -408,7 +408,9 @@ def _learn_frozen(
 
         data = {}
         for name in SPLITS:
-            states = frozen.pooled_states(reader, notes[name], recipe.stages.batch, advance)
+            states = np.zeros((len(notes[name]), 0))
+            if "states" in recipe.frozen.features:
+                states = frozen.pooled_states(reader, notes[name], recipe.stages.batch, advance)
             data[name] = (fold.splits()[name], states, labels[name])
     unlabelled = fold.rest
     if work.unlabelled and not any(example.mentions for example in fold.train):
