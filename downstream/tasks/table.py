@@ -7,6 +7,7 @@ which stay lists of text. No error quotes a cell.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,10 +38,12 @@ def cells(url: str, columns: Sequence[str]) -> Iterator[tuple[Cell, ...]]:
     """The same, where a cell may be a list."""
     name = url.rsplit("/", 1)[-1].lower()
     if any(f"{ending}." in f"{name}." for ending in JSON_LINES):
+        unseen = set(columns)  # a key may be left out where there is nothing to say, but not in every line
         for number, record in enumerate(records(url), start=1):
-            if missing := [column for column in columns if column not in record]:
-                raise DataError(f"{url}: line {number}: no {missing[0]}; it has {', '.join(sorted(record)[:20])}")
-            yield tuple(_cell(record[column], url, number, column) for column in columns)
+            unseen -= record.keys()
+            yield tuple(_cell(record.get(column), url, number, column) for column in columns)
+        if unseen:
+            raise DataError(f"{url}: no line has the key {sorted(unseen)[0]}")
     elif any(name.endswith(ending) for ending in PARQUET):
         yield from _parquet(url, columns)
     else:
@@ -50,12 +53,23 @@ def cells(url: str, columns: Sequence[str]) -> Iterator[tuple[Cell, ...]]:
 def records(url: str) -> Iterator[dict[str, Any]]:
     """The objects of a JSON lines file; empty lines are skipped. Raises DataError with the line's number."""
     with storage.reader(url) as stream:
-        for number, line in enumerate(stream, start=1):
+        number, lines = 0, iter(stream)
+        while True:
+            try:
+                line = next(lines, None)
+            except (EOFError, OSError, zlib.error) as exc:
+                if isinstance(exc, OSError) and exc.errno is not None:
+                    raise  # of the system, not of the file
+                raise DataError(f"{url}: ends or breaks after line {number}; compare its checksum") from None
+            if line is None:
+                return
+            number += 1
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError):
+                json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            except (ValueError, RecursionError):
                 raise DataError(f"{url}: line {number} is not JSON in UTF-8; one object a line is wanted") from None
             if not isinstance(record, dict):
                 raise DataError(f"{url}: line {number} is not a JSON object")
@@ -76,7 +90,7 @@ def _parquet(url: str, columns: Sequence[str]) -> Iterator[tuple[Cell, ...]]:
                     yield tuple(
                         _cell(value, url, number, column) for value, column in zip(values, columns, strict=True)
                     )
-        except (pa.ArrowException, OSError) as exc:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
             if isinstance(exc, OSError) and exc.errno is not None:
                 raise  # of the system, not of the file
             raise DataError(f"{url}: no Parquet file, or a damaged one; compare its checksum") from None

@@ -62,7 +62,13 @@ def test_every_verb(tmp_path: Path, corpus: str, name: str) -> None:
             rows.writerow([number, f"p{number}", text, "long" if len(text) > 330 else "short"])
     task = ["task.name=classify", f"task.url={tmp_path}/notes.csv", "task.text=note", "task.label=label", "task.id=id"]
     stages = ["stages.epochs_head=1", "stages.epochs_top=1", "stages.epochs_all=1", "seeds=[1]", "bootstrap_draws=20"]
-    finetune.main([f"run={run}", f"out={tmp_path}/finetuned", "task.patient=patient", *task, *stages])
+    task += ["task.patient=patient", "tracking.wandb=disabled"]
+    finetune.main([f"run={run}", f"out={tmp_path}/finetuned", f"backward={backward}", *task, *stages])
+    # In folds, as Ray tasks and one after the other: the same numbers.
+    quick = ["mode=frozen", "folds=2", "frozen.topics=5", "bootstrap_draws=20", "others=true", "copies=true"]
+    for out, workers in (("ray", 2), ("here", 0)):
+        finetune.main([f"run={run}", f"out={tmp_path}/{out}", f"workers={workers}", *task, *quick])
+    assert (tmp_path / "ray/results.json").read_bytes() == (tmp_path / "here/results.json").read_bytes()
     kept = {path.name: json.loads(path.read_text()) for path in (tmp_path / "forward").glob("evaluation-*.json")}
     otherwise = "-".join(["bptt=7", *(f"{word[6:]}".replace("true", "True") for word in OTHERWISE[name])])
     assert set(kept) == {

@@ -43,6 +43,18 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in tracking.read(str(tmp_path))] == [1, 2]
 
 
+def test_a_mirror_that_does_not_start_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(**settings: object) -> None:
+        raise RuntimeError("run ID abc123 is in use")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    log_steps(str(tmp_path), range(1, 4), None, TrackingConfig(wandb="offline"))
+    assert [line["step"] for line in tracking.read(str(tmp_path))] == [1, 2, 3]
+    assert "W&B does not start (RuntimeError)" in capsys.readouterr().out
+
+
 def test_wandb_offline_mirrors_under_one_id(tmp_path: Path) -> None:
     offline = TrackingConfig(wandb="offline")
     log_steps(str(tmp_path), range(1, 4), None, offline)
