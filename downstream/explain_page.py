@@ -344,7 +344,7 @@ table{width:100%;max-width:44rem;border-collapse:collapse}
 caption{text-align:left;padding-bottom:.2rem}
 th,td{padding:.15rem .75rem .15rem 0;text-align:left;font-weight:400;white-space:nowrap}
 th{min-width:6.5rem;max-width:16rem;white-space:normal;overflow-wrap:anywhere}
-.bar{width:60%}
+.bar{width:45%}
 td:nth-child(3){text-align:right}
 td:nth-child(4){width:6.5rem}
 svg{display:block;min-width:4rem}

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import itertools
-import json
-import os
 import re
-import select
-import shutil
-import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from browser import Browser, Page, needs_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downstream import explain_page
 from downstream.explain_page import SHADES, Explanation, page
-
-CHROMIUM = shutil.which("chromium")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
 SAID = "Mother had shingles. He was given the zoster vaccine in 2019; no rash now."
 # Everything that could run, break out of its element or move an offset; family emoji is five code points
@@ -256,142 +251,23 @@ def test_a_long_note_is_a_page_still() -> None:
     assert max(map(len, blocks[1:-1])) < 20_000  # browsers take quadratic time
 
 
-class Tab:
-    """A page in a real browser, driven over DevTools' pipe: JSON, each message ended by a zero byte."""
-
-    def __init__(self, write: int, read: int) -> None:
-        self.write, self.read, self.buffer, self.number = write, read, b"", 0
-        self.session: str | None = None
-        self.events: list[dict[str, Any]] = []
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self.buffer:
-            assert select.select([self.read], [], [], 60)[0], "the browser is silent"
-            got = os.read(self.read, 1 << 20)
-            assert got, "the browser is gone"
-            self.buffer += got
-        message, _, self.buffer = self.buffer.partition(b"\0")
-        said: dict[str, Any] = json.loads(message)
-        if "method" in said:
-            self.events.append(said)
-        return said
-
-    def do(self, method: str, **params: Any) -> dict[str, Any]:
-        self.number += 1
-        message: dict[str, Any] = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        data = json.dumps(message).encode() + b"\0"
-        while data:
-            data = data[os.write(self.write, data) :]
-        while (said := self._next()).get("id") != self.number:
-            pass
-        assert "error" not in said, said
-        result: dict[str, Any] = said["result"]
-        return result
-
-    def new(self) -> None:
-        """Another tab, and nothing heard of it yet."""
-        self.session = None
-        target = self.do("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.do(f"{domain}.enable")
-        self.size(1200, 800)
-        self.events.clear()
-
-    def show(self, made: bytes, folder: Path) -> None:
-        file = folder / "page.html"
-        file.write_bytes(made)
-        self.do("Page.navigate", url=file.as_uri())
-        while not self.heard("Page.loadEventFired"):
-            self._next()
-        self.settle()
-
-    def settle(self) -> None:
-        """Two frames, so that what observes sizes has run."""
-        self.eval("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
-
-    def eval(self, expression: str) -> Any:
-        said = self.do("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
-
-    def size(self, width: int, height: int) -> None:
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-
-    def press(self, identity: str, down: float = 0.5) -> None:
-        """A click on the element, scrolled to if need be; `down` is how far down in it."""
-        x, y = self.eval(f"""(element => {{
-          element.scrollIntoViewIfNeeded();
-          const box = element.getBoundingClientRect();
-          return [box.x + box.width / 2, box.y + box.height * {down}];
-        }})(document.getElementById("{identity}"))""")
-        for kind in ("mousePressed", "mouseReleased"):
-            self.do("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-        self.settle()
-
-    def key(self, key: str, code: int) -> None:
-        text = {"Enter": "\r", "Tab": ""}.get(key, key)
-        common = {"key": key, "windowsVirtualKeyCode": code}
-        self.do("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
-        self.do("Input.dispatchKeyEvent", type="keyUp", **common)
-        self.settle()
-
-    def heard(self, method: str) -> list[dict[str, Any]]:
-        return [event["params"] for event in self.events if event["method"] == method]
-
-    def complaints(self) -> list[str]:
-        """What the console holds: exceptions, violations of the policy, anything logged."""
-        self.settle()
-        said = [e["exceptionDetails"]["text"] for e in self.heard("Runtime.exceptionThrown")]
-        said += [e["entry"]["text"] for e in self.heard("Log.entryAdded")]
-        return said + [str(e["args"]) for e in self.heard("Runtime.consoleAPICalled")]
-
-    def requests(self) -> list[str]:
-        urls = [e["request"]["url"] for e in self.heard("Network.requestWillBeSent")]
-        return [url for url in urls if not url.endswith("/page.html")]
-
-
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    (to_read, write), (read, to_write) = os.pipe(), os.pipe()
-    theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_read, to_write)]  # not 3 or 4 themselves
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--remote-debugging-pipe",
-        "--no-first-run",
-    ]
-    command += ["--disable-background-networking", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]
-    process = subprocess.Popen(
-        ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", *command],
-        pass_fds=theirs,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for end in (to_read, to_write, *theirs):
-        os.close(end)
-    tab = Tab(write, read)
-    try:
-        yield tab
-        tab.session = None
-        tab.do("Browser.close")
-        process.wait(30)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(write)
-        os.close(read)
+def browser() -> Iterator[Browser]:
+    with Browser() as started:
+        yield started
 
 
 @pytest.fixture
-def tab(browser: Tab) -> Tab:
-    browser.new()
-    return browser
+def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Page]]:
+    """Shows a page, made into a file, in the browser."""
+    with contextlib.ExitStack() as stack:
+
+        def shown(made: bytes, **how: Any) -> Page:
+            file = tmp_path / "page.html"
+            file.write_bytes(made)
+            return stack.enter_context(Page(file.as_uri(), browser, **how))
+
+        yield shown
 
 
 LONG = "\n".join(f"line {n} of a note" if n % 150 else f"line {n} is of shingles and zoster" for n in range(1, 451))
@@ -403,28 +279,28 @@ IN_VIEW = """(() => {
 
 
 @needs_browser
-def test_browser_buttons_and_keys_lead_to_the_places(tab: Tab, tmp_path: Path) -> None:
+def test_browser_buttons_and_keys_lead_to_the_places(show: Callable[..., Page]) -> None:
     weights = {"150": 200.0, "shingles": 20.0, "400": 100.0}
-    tab.show(page(explanation(LONG, weights)), tmp_path)
+    tab = show(page(explanation(LONG, weights)))
 
     def now() -> tuple[str, str]:
-        assert tab.eval(IN_VIEW)
-        return tab.eval("document.querySelector('.here').textContent"), tab.eval(
+        assert tab.evaluate(IN_VIEW)
+        return tab.evaluate("document.querySelector('.here').textContent"), tab.evaluate(
             "document.querySelector('#said').value"
         )
 
-    assert tab.eval("scrollY") == 0
-    assert not tab.eval(IN_VIEW)
+    assert tab.evaluate("scrollY") == 0
+    assert not tab.evaluate(IN_VIEW)
     tab.press("next")
     first, said = now()
     assert (first, said[:17]) == ("shingles", "mention 1 of 6: 0")
-    top = tab.eval("scrollY")
+    top = tab.evaluate("scrollY")
     assert top > 1000
     tab.key("n", 78)
     assert now()[0] == "zoster"
     tab.key("N", 78)
     assert now()[1].startswith("mention 3 of 6")
-    assert tab.eval("scrollY") > top + 1000
+    assert tab.evaluate("scrollY") > top + 1000
     for _ in range(3):
         tab.press("previous")
     assert now()[1].startswith("mention 6 of 6")
@@ -435,20 +311,20 @@ def test_browser_buttons_and_keys_lead_to_the_places(tab: Tab, tmp_path: Path) -
     assert (place, said[:14]) == ("150", "place 1 of 10:")
     tab.key("s", 83)
     assert now()[0] == "400"
-    tab.eval("document.activeElement.blur(); scrollTo(0, 0)")
+    tab.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     tab.key("Tab", 9)
-    assert tab.eval("document.activeElement.tagName") == "BUTTON"
-    tab.eval("document.getElementById('next').focus({preventScroll: true})")
+    assert tab.evaluate("document.activeElement.tagName") == "BUTTON"
+    tab.evaluate("document.getElementById('next').focus({preventScroll: true})")
     tab.key("Enter", 13)
     assert now()[0] == "zoster"
-    assert tab.complaints() == []
-    assert tab.requests() == []
+    assert tab.errors == []
+    assert tab.requests == [tab.url]
 
 
 @needs_browser
-def test_browser_strip_shows_and_leads(tab: Tab, tmp_path: Path) -> None:
-    tab.show(page(explanation(LONG, {"400": 5000.0})), tmp_path)
-    painted = tab.eval("""(() => {
+def test_browser_strip_shows_and_leads(show: Callable[..., Page]) -> None:
+    tab = show(page(explanation(LONG, {"400": 5000.0})))
+    painted = tab.evaluate("""(() => {
       const {width, height} = document.querySelector("canvas");
       const {data} = document.querySelector("canvas").getContext("2d").getImageData(0, 0, width, height);
       const column = x => [...Array(height).keys()].map(y => [...data.slice(4 * (y * width + x)).slice(0, 4)]);
@@ -459,61 +335,93 @@ def test_browser_strip_shows_and_leads(tab: Tab, tmp_path: Path) -> None:
     strongest = max(range(800), key=lambda y: painted[1][y][3])
     assert strongest / 800 == pytest.approx(400 / 450, abs=0.01)
     tab.press("strip")
-    seen = tab.eval(
+    seen = tab.evaluate(
         "(box => (innerHeight / 2 - box.top) / box.height)(document.getElementById('note').getBoundingClientRect())"
     )
     assert seen == pytest.approx(0.5, abs=0.01)
-    view = tab.eval("(box => (box.top + box.bottom) / 2)(document.getElementById('view').getBoundingClientRect())")
+    view = tab.evaluate("(box => (box.top + box.bottom) / 2)(document.getElementById('view').getBoundingClientRect())")
     assert view == pytest.approx(400, abs=4)
-    assert tab.complaints() == []
+    assert tab.errors == []
 
 
 @needs_browser
-def test_browser_shows_hostile_text_and_runs_none(tab: Tab, tmp_path: Path) -> None:
+def test_browser_shows_hostile_text_and_runs_none(show: Callable[..., Page]) -> None:
     made = explanation(
         HOSTILE, {"👩\u200d👩\u200d👧": 9.0}, note_id=HOSTILE, concept=(HOSTILE,), classes=(HOSTILE, "b", "c")
     )
-    tab.show(page(made), tmp_path)
-    assert tab.eval("document.getElementById('note').textContent") == SEEN
-    assert tab.eval("document.querySelector('[data-place=\"1\"]').textContent") == "👩\u200d👩\u200d👧"
-    assert tab.eval("document.querySelector('#note mark').textContent") == "shingles"
-    assert tab.eval("document.title") == re.sub("[ \t\n]+", " ", SEEN) + ": where the classifier looked"
-    assert tab.eval("typeof window.ran") == "undefined"
-    assert tab.eval("getComputedStyle(document.getElementById('note')).whiteSpaceCollapse") == "preserve"
-    assert tab.complaints() == []
-    assert tab.requests() == []
+    tab = show(page(made))
+    assert tab.evaluate("document.getElementById('note').textContent") == SEEN
+    assert tab.evaluate("document.querySelector('[data-place=\"1\"]').textContent") == "👩\u200d👩\u200d👧"
+    assert tab.evaluate("document.querySelector('#note mark').textContent") == "shingles"
+    assert tab.evaluate("document.title") == re.sub("[ \t\n]+", " ", SEEN) + ": where the classifier looked"
+    assert tab.evaluate("typeof window.ran") == "undefined"
+    assert tab.evaluate("getComputedStyle(document.getElementById('note')).whiteSpaceCollapse") == "preserve"
+    assert tab.errors == []
+    assert tab.requests == [tab.url]
+
+
+@contextlib.contextmanager
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """The address of a server on loopback, and the paths that it has been asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
 
 
 @needs_browser
-def test_browser_policy_holds_where_escaping_would_not(tab: Tab, tmp_path: Path) -> None:
-    """Also shows that complaints() and requests() hear what they should."""
-    bad = b"<script>window.ran=1</script><img src=http://127.0.0.1:9/x onerror=window.ran=2><b style=color:red>"
-    bad += b"<link rel=stylesheet href=http://127.0.0.1:9/y><iframe src=http://127.0.0.1:9/z></iframe><base href=//a>"
+def test_browser_policy_holds_where_escaping_would_not(show: Callable[..., Page]) -> None:
+    """Also shows that errors, requests and the server hear what they should."""
     made = page(explanation(SAID))
-    tab.show(made.replace(b"Mother", bad), tmp_path)
-    assert tab.eval("typeof window.ran") == "undefined"
-    assert len([said for said in tab.complaints() if "Content Security Policy" in said]) >= 5
-    tab.new()
-    tab.show(made.replace(b'"use strict"', b'"use  strict"'), tmp_path)
-    assert tab.eval("document.querySelector('nav').hidden")  # a script that is not ours does not run
-    assert "Content Security Policy" in tab.complaints()[0]
-    tab.new()
-    tab.show(re.sub(rb"<meta http-equiv[^>]*>", b"", made).replace(b"Mother", bad), tmp_path)
-    assert len(tab.requests()) >= 3
-    assert tab.eval("window.ran") in (1, 2)
+    with listener() as (url, asked):
+        bad = "<script>window.ran=1</script><img src=URL/x onerror=window.ran=2><b style=color:red><base href=//a>"
+        bad += "<link rel=stylesheet href=URL/y><iframe src=URL/z></iframe>"
+        hostile = made.replace(b"Mother", bad.replace("URL", url).encode())
+        tab = show(hostile)
+        assert tab.evaluate("typeof window.ran") == "undefined"
+        assert len([said for said in tab.errors if "Content Security Policy" in said]) >= 5
+        assert asked == []
+        tab = show(re.sub(rb"<meta http-equiv[^>]*>", b"", hostile))
+        assert set(asked) == {"/x", "/y", "/z"}
+        assert {f"{url}{path}" for path in asked} <= set(tab.requests)
+        assert tab.evaluate("window.ran") in (1, 2)
+    tab = show(made.replace(b'"use strict"', b'"use  strict"'))
+    assert tab.evaluate("document.querySelector('nav').hidden")  # a script that is not ours does not run
+    assert "Content Security Policy" in tab.errors[0]
+
+
+@needs_browser
+def test_browser_driver_hears_exceptions_and_the_console(show: Callable[..., Page], tmp_path: Path) -> None:
+    tab = show(b"<!DOCTYPE html><script>console.warn('said'); throw Error('thrown')</script>")
+    assert "Error: thrown" in str(tab.errors)
+    assert "'said'" in str(tab.errors)
+    tab.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    with Page(tab.url) as alone:  # in a browser of its own
+        assert alone.requests == [tab.url]
+        assert alone.evaluate("innerWidth") == 1200
 
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_browser_text_can_be_read_on_every_shade(tab: Tab, tmp_path: Path, scheme: str) -> None:
+def test_browser_text_can_be_read_on_every_shade(show: Callable[..., Page], scheme: str) -> None:
     """WCAG 2.2, 1.4.3: a contrast of 4.5 to 1, in both schemes."""
-    tab.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     words = [f"w{n}" for n in range(1, SHADES + 1)]
     made = explanation(" ".join(words), {word: float(n * n) for n, word in enumerate(words, 1)})
-    tab.show(page(made._replace(text=f"{made.text} outside")), tmp_path)
-    colours = tab.eval("""[...document.querySelectorAll("#note span")].map(span =>
+    tab = show(page(made._replace(text=f"{made.text} outside")), scheme=scheme)
+    colours = tab.evaluate("""[...document.querySelectorAll("#note span")].map(span =>
       [getComputedStyle(span).color, getComputedStyle(span).backgroundColor])""")
-    [paper] = {tab.eval("getComputedStyle(document.body).backgroundColor")}
+    [paper] = {tab.evaluate("getComputedStyle(document.body).backgroundColor")}
 
     def numbers(colour: str) -> list[float]:
         found = [float(number) for number in re.findall(r"[\d.]+", colour)]
@@ -538,28 +446,26 @@ def test_browser_text_can_be_read_on_every_shade(tab: Tab, tmp_path: Path, schem
 
 
 @needs_browser
-def test_browser_narrow_window_and_print(tab: Tab, tmp_path: Path) -> None:
-    tab.size(320, 600)
-    tab.show(
-        page(explanation(LONG + "\n" + "x" * 300, note_id="n" * 90, classes=("current", "p" * 60, "f f f"))), tmp_path
-    )
-    assert tab.eval("document.documentElement.scrollWidth") <= 320
+def test_browser_narrow_window_and_print(show: Callable[..., Page]) -> None:
+    made = explanation(LONG + "\n" + "x" * 300, note_id="n" * 90, classes=("current", "p" * 60, "f f f"))
+    tab = show(page(made), width=320, height=600)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 320
     tab.press("next")
-    assert tab.eval(IN_VIEW)
-    tab.do("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert tab.evaluate(IN_VIEW)
+    tab.media("print", "dark")
     shown = "id => getComputedStyle(document.querySelector(id)).display"
-    assert tab.eval(f"['nav', '#strip', '#note'].map({shown})") == ["none", "none", "block"]
-    assert tab.eval("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert tab.eval("getComputedStyle(document.querySelector('#note span')).printColorAdjust") == "exact"
-    assert tab.complaints() == []
+    assert tab.evaluate(f"['nav', '#strip', '#note'].map({shown})") == ["none", "none", "block"]
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.evaluate("getComputedStyle(document.querySelector('#note span')).printColorAdjust") == "exact"
+    assert tab.errors == []
 
 
 @needs_browser
 @pytest.mark.parametrize("text", ["", " ", "cough"])
-def test_browser_little_to_show(tab: Tab, tmp_path: Path, text: str) -> None:
-    tab.show(page(explanation("x", text=text, attention=(), concept=())), tmp_path)
-    assert tab.eval("document.getElementById('note').textContent") == text
-    assert tab.eval("document.querySelector('nav').hidden")
+def test_browser_little_to_show(show: Callable[..., Page], text: str) -> None:
+    tab = show(page(explanation("x", text=text, attention=(), concept=())))
+    assert tab.evaluate("document.getElementById('note').textContent") == text
+    assert tab.evaluate("document.querySelector('nav').hidden")
     tab.key("n", 78)
     tab.press("strip")
-    assert tab.complaints() == []
+    assert tab.errors == []
