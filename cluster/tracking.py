@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cluster import logs, storage
+from cluster import storage
 from cluster.config import Section
 
 FILE = "metrics.jsonl"
@@ -117,30 +117,29 @@ def _wandb(run: str, config: TrackingConfig, run_id: str, recipe: dict[str, Any]
         return None
     import wandb  # slow to import, and not needed by the other workers
 
+    # A W&B service of a process that this one descends from (a notebook, a launcher): when a worker is killed, a service
+    # that outlives it keeps the run id, and no other start of the run gets it. Each start has a service of its own.
+    os.environ.pop("WANDB_SERVICE", None)
     # Where the run lives on an object store, W&B's own files stay on this machine.
     folder = storage.local_path(run) if storage.is_local(run) else tempfile.mkdtemp(prefix="chartlm-wandb-")
-    try:
-        started = wandb.init(
-            project=config.project,
-            id=run_id,
-            name=run.rstrip("/").rsplit("/", 1)[-1],
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            config=recipe,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",  # captured output could carry text
-                disable_git=True,
-                disable_code=True,
-                save_code=False,
-                # The default flushes every 15 s: a SIGKILL would lose as much of the curve.
-                x_transaction_log_flush_interval=0.5,
-            ),
-        )
-    except Exception as exc:  # noqa: BLE001 - of whatever kind: the mirror must not end what it mirrors
-        logs.say(f"{run}: W&B does not start ({type(exc).__name__}); the numbers go on in {FILE}")
-        return None
+    started = wandb.init(
+        project=config.project,
+        id=run_id,
+        name=run.rstrip("/").rsplit("/", 1)[-1],
+        resume="allow",
+        mode=mode,
+        dir=str(folder),
+        config=recipe,
+        settings=wandb.Settings(
+            silent=True,
+            console="off",  # captured output could carry text
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            # The default flushes every 15 s: a SIGKILL would lose as much of the curve.
+            x_transaction_log_flush_interval=0.5,
+        ),
+    )
     started.define_metric("*", step_metric="global_step")
     return started
 
