@@ -64,7 +64,8 @@ def tfidf_regression(
     both = ("train", "valid")
     fits = {names: fitted(names) for names in ([("train",), both] if refit else [("train",)])}
     if refit:
-        strength = chosen(fits[both][1], fits[both][2], STRENGTHS, 0)
+        patients = [example.patient_id for name in both for example in splits[name]]
+        strength = chosen(fits[both][1], fits[both][2], patients, STRENGTHS, 0)
     else:
         strength = max(STRENGTHS, key=lambda one: selection(labels["valid"], said(("train",), one, "valid")))
     test = said(both if refit else ("train",), strength, "test")

@@ -17,7 +17,7 @@ from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from downstream.classifier import padded
 from downstream.explain_page import Explanation, page
-from downstream.finetune import encode_for
+from downstream.parts import encode_for
 from downstream.predict import Predictor
 from downstream.reading import places_of_tokens
 from downstream.tasks.examples import Example

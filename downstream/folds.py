@@ -2,7 +2,7 @@
 
     folds = 0         train, valid, test as the language model's corpus was split (sharding.splits)
     folds = 5         stratified group k-fold: every patient is tested once a repeat, by a model that has not seen them
-    folds = "F.csv"   columns patient and fold: as somebody else has cut them, so that results compare
+    folds_file        a table of patient and fold: as somebody else has cut them, so that results compare
 
 For a few hundred labels one cut says little: of 195 patients, 39 tested are good for ±14 points. Within a fold a
 fifth of the patients that are not tested is for validation. `labels` keeps so many labelled notes of those (training

@@ -26,7 +26,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import normalize
 from torch import Tensor
@@ -231,26 +231,24 @@ def fit(
     blocks = Frozen(settings, arrays)
     features = {name: blocks._features(examples, states_NP) for name, (examples, states_NP, _) in data.items()}
 
-    def regression(strength: float, names: tuple[str, ...]) -> Frozen:
-        joined = sparse.vstack([features[name] for name in names])
-        labels = np.concatenate([data[name][2] for name in names])
-        return Frozen(settings, arrays | regress(joined, labels, strength))
-
-    joined = sparse.vstack([features["train"], features["valid"]])
-    strength = chosen(joined, np.concatenate([train[2], valid[2]]), STRENGTHS, seed)
-    said = regression(strength, ("train",)).of_features(features["valid"])
-    found = regression(strength, ("train", "valid"))
+    both = sparse.vstack([features["train"], features["valid"]])
+    labels = np.concatenate([train[2], valid[2]])
+    strength = chosen(both, labels, [example.patient_id for example in (*train[0], *valid[0])], STRENGTHS, seed)
+    said = Frozen(settings, regress(features["train"], train[2], strength)).of_features(features["valid"])
+    found = Frozen(settings, arrays | regress(both, labels, strength))
     return {"valid": said, "test": found.of_features(features["test"])}, found, strength
 
 
-def chosen(features: sparse.csr_matrix, labels: Ints, strengths: Sequence[float], seed: int) -> float:
-    """The C with the best score of predictions out of five folds: with some hundred labels a fifth of them alone is a
-    bad guide.
+def chosen(
+    features: sparse.csr_matrix, labels: Ints, patients: Sequence[str], strengths: Sequence[float], seed: int
+) -> float:
+    """The C with the best score of predictions out of five folds by patient: with some hundred labels a fifth of them
+    alone is a bad guide.
     """
     strata = labels if labels.ndim == 1 else labels.argmax(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer notes than folds
-        cuts = list(StratifiedKFold(5, shuffle=True, random_state=seed).split(strata, strata))
+        cuts = list(StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(strata, strata, patients))
     scores = {}
     for strength in strengths:
         said = []

@@ -92,7 +92,7 @@ def _fingerprint(trained: Trained, settings: LmConfig, texts: Sequence[str], see
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     about: dict[str, Any] = config.dump(settings) | {"notes": digest.hexdigest()}
-    return config.fingerprint([about, trained.step, trained.corpus_fingerprint, seed])[:16]
+    return config.fingerprint([about, trained.step, trained.checkpoint_sha256, seed])[:16]
 
 
 def _lanes(notes: Sequence[np.ndarray], lanes: int, order: np.random.Generator, backward: bool) -> Tensor:

@@ -22,23 +22,15 @@ from cluster.config import Place, Section
 from cluster.errors import ConfigError
 from downstream.calibration import restored
 from downstream.classifier import NoteClassifier
-from downstream.finetune import (
-    RESULTS,
-    FinetuneRecipe,
-    Part,
-    build,
-    classifier_file,
-    encode_for,
-    lineage,
-    open_models,
-)
 from downstream.frozen import Frozen, pooled_states
 from downstream.lm import with_weights
 from downstream.metrics import Floats
+from downstream.parts import build, encode_for
 from downstream.reading import PLAIN
 from downstream.tasks.examples import Example
 from downstream.tasks.status import StatusTask
 from downstream.unfreezing import Labelled, probabilities
+from downstream.work import RESULTS, FinetuneRecipe, Part, classifier_file, lineage, open_models, parts_of
 from pretrain.run import Trained
 from sharding.readers import csv_file
 
@@ -76,8 +68,7 @@ class Predictor:
                 )
         self._calibration = [restored(by_name["model"]) for by_name in about["calibration"]]
         folds = range(len(self._calibration))
-        seeds = self.recipe.seeds if self.recipe.mode == "stages" else self.recipe.seeds[:1]
-        self.parts = [Part(f, True, trained.backward, seed) for f in folds for trained in self.models for seed in seeds]
+        self.parts = [part for fold in folds for part in parts_of(self.recipe, self.models, fold, True)]
         self.tell = self.recipe.tell if self.recipe.mode == "stages" else PLAIN
         parts_about = about["parts"]
         self._made = {part: self._of(folder, part, parts_about[part.name]["lm"]) for part in self.parts}

@@ -76,27 +76,22 @@ def words_of(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def encode(
-    tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int, tell: TellConfig, quiet: bool = False
-) -> list[Note]:
+def encode(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int, tell: TellConfig) -> list[Note]:
     """The notes as tokens. Of a longer one the last `max_tokens` are read (a summary ends with the plan), but from the
     window of its first mention on.
     """
     notes = []
     cut = 0
-    for example, whole in zip(examples, _whole(tokenizer, examples), strict=True):
-        note = _told(tokenizer, example, tell) if example.mentions or example.query else Note(whole)
+    for example in examples:
+        asked = example.mentions or example.query
+        note = _told(tokenizer, example, tell) if asked else Note(tokenizer.encode([example.text])[0])
         cut += len(note.tokens) > max_tokens
         notes.append(_cut(note, max_tokens))
-    if cut and not quiet:
+    if cut:
         logs.say(
             f"{cut:,} of {len(notes):,} notes: only max_tokens={max_tokens:,} tokens of each are read, the last ones"
         )
     return notes
-
-
-def _whole(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Tokens]:
-    return tokenizer.encode(["" if one.mentions or one.query else one.text for one in examples])
 
 
 class _Said(NamedTuple):

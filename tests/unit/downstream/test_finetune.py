@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
-from downstream import finetune, predict
+from downstream import finetune, predict, work
 from downstream.metrics import BINARY
 from downstream.tasks import TASKS
 from downstream.tasks.classify import ClassifyTask
@@ -55,7 +55,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         recipe={"model": {"name": "awd-lstm", "embedding": 8, "hidden": 12, "layers": 2}, "data": {}},
         corpus_fingerprint="c0", checkpoint_sha256="w0",
     )  # fmt: skip
-    monkeypatch.setattr(finetune, "load_trained", lambda run: opened)
+    monkeypatch.setattr(work, "load_trained", lambda run: opened)
     return tmp_path
 
 
@@ -145,14 +145,14 @@ def test_patient_in_two_splits_stops_the_run() -> None:
         "test": [Example("3", "q", "", 0), Example("4", "r", "", 1)],
     }
     with pytest.raises(DataError, match="patient q is in train and in test"):
-        finetune.check(splits, Cohort([], ("a", "b")))
+        work.check(splits, Cohort([], ("a", "b")))
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_new_notes_get_what_the_test_notes_got(tiny: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks, from the saved weights, to the last digit; a note without a word is counted, not guessed."""
     finetune.main(arguments(tiny, classes))
-    opened = finetune.load_trained("run")
+    opened = work.load_trained("run")
     monkeypatch.setattr(predict, "BLOCK_BYTES", 1500)
     place = tiny / f"notes{classes}.csv"
     place.write_text(place.read_text() + "blank,p0,  ,red\n")
@@ -172,7 +172,7 @@ def test_new_notes_get_what_the_test_notes_got(tiny: Path, classes: int, monkeyp
     (tiny / f"out{classes}/classifier-fold-1-seed-2.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"classifier-fold-1-seed-2\.safetensors: missing"):
         predict.main([folder, str(place), "id=id", "text=note"])
-    monkeypatch.setattr(finetune, "load_trained", lambda run: replace(opened, step=8))
+    monkeypatch.setattr(work, "load_trained", lambda run: replace(opened, step=8))
     with pytest.raises(ConfigError, match="was made from step 7 of run, which is at step 8 now"):
         predict.main([folder, str(place), "id=id", "text=note"])
     with pytest.raises(ConfigError, match="holds no finished classifier"):
@@ -182,9 +182,9 @@ def test_new_notes_get_what_the_test_notes_got(tiny: Path, classes: int, monkeyp
 
 
 def test_a_leak_stops_the_verb(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = finetune.load_trained("run")
+    opened = work.load_trained("run")
     everyone = frozenset(hashed(f"p{n}") for n in range(60))
-    monkeypatch.setattr(finetune, "load_trained", lambda run: replace(opened, patients={"train": everyone}))
+    monkeypatch.setattr(work, "load_trained", lambda run: replace(opened, patients={"train": everyone}))
     with pytest.raises(DataError, match="the language model has read"):
         finetune.main(arguments(tiny, 2))
     finetune.main([word.replace("/out2", "/others") for word in arguments(tiny, 2, "others=true")])
@@ -206,7 +206,7 @@ def test_a_copied_note_stops_the_verb(tiny: Path) -> None:
 def test_split_without_both_classes_stops_the_run() -> None:
     splits = {"train": [Example("1", "p", "", 0), Example("2", "q", "", 1)], "test": [Example("3", "r", "", 0)]}
     with pytest.raises(DataError, match=r"no test note has the class 'b' \(1 notes in all\)"):
-        finetune.check(splits, Cohort([], ("a", "b")))
+        work.check(splits, Cohort([], ("a", "b")))
 
 
 def test_run_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
-from downstream import explain, finetune, predict
+from downstream import explain, finetune, parts, predict, work
 from downstream.reading import PLAIN, TellConfig, encode, places_of_tokens, words_of
 from downstream.tasks.examples import Example
 from downstream.tasks.status import StatusTask, cleaned_around
@@ -54,7 +54,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model=AwdLstm(AwdLstmConfig(**settings), known.vocab_size).eval(),
         recipe={"model": {"name": "awd-lstm", **settings}, "data": {}}, corpus_fingerprint="c", checkpoint_sha256="w",
     )  # fmt: skip
-    monkeypatch.setattr(finetune, "load_trained", lambda run: opened)
+    monkeypatch.setattr(work, "load_trained", lambda run: opened)
     return tmp_path
 
 
@@ -198,19 +198,19 @@ def test_what_was_done_is_not_done_again(notes: Path, monkeypatch: pytest.Monkey
     """Interrupted after two parts, the same command trains the others only and gives the same numbers."""
     args = arguments(notes, "mode=frozen", "folds=3", "frozen.topics=10")
     finetune.main([word.replace("/out", "/whole") for word in args])
-    real, done = finetune.train_part, []
+    real, done = parts.train_part, []
 
-    def interrupted(work: finetune.Work, part: finetune.Part) -> None:
+    def interrupted(whole: work.Work, part: work.Part) -> None:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(part.name)
-        real(work, part)
+        real(whole, part)
 
-    monkeypatch.setattr(finetune, "train_part", interrupted)
+    monkeypatch.setattr(parts, "train_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune.main(args)
     again: list[str] = []
-    monkeypatch.setattr(finetune, "train_part", lambda work, part: (again.append(part.name), real(work, part)))
+    monkeypatch.setattr(parts, "train_part", lambda whole, part: (again.append(part.name), real(whole, part)))
     finetune.main(args)
     assert not set(done) & set(again)
     assert len(done) + len(again) == 6
@@ -223,11 +223,11 @@ def test_the_language_model_reads_the_target_text_but_not_what_is_tested(notes: 
     finetune.main(arguments(notes, "mode=frozen", "folds=3", "scratch=false", "frozen.topics=5", *lm, "copies=true"))
     kept = list((notes / "run/finetune/lm").iterdir())
     assert len(kept) == 3
-    work = finetune.Work(
+    whole = work.Work(
         SimpleNamespace(), "", [], SimpleNamespace(examples=[]), [], [("p1", "one"), ("p2", "two"), ("p3", "one")]
     )  # type: ignore[arg-type]
     fold = SimpleNamespace(held_out={"p2"})
-    assert finetune.lm_notes(work, fold) == [("p3", "one")]  # type: ignore[arg-type]
+    assert work.lm_notes(whole, fold) == [("p3", "one")]  # type: ignore[arg-type]
     predictor = predict.Predictor(f"{notes}/out")
     moved = predictor._made[predictor.parts[0]][0].state_dict()["encoder.embedding.weight"]
     assert not np.allclose(moved, predictor.models[0].model.state_dict()["embedding.weight"])

@@ -1,0 +1,208 @@
+"""The parts of a fine-tuning: one classifier each, trained here or as Ray tasks, kept when it is done."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from cluster import config, logs, ray_runtime, storage
+from downstream import frozen, lm
+from downstream.baseline import labels_of
+from downstream.classifier import HeadConfig, NoteClassifier
+from downstream.metrics import Floats
+from downstream.reading import PLAIN, Note, TellConfig, encode
+from downstream.tasks.examples import Example
+from downstream.unfreezing import Labelled, fine_tune, probabilities, read_states
+from downstream.work import FinetuneRecipe, Part, Work, classifier_file, lm_notes, open_models, part_file, prepare
+from pretrain.models import MODELS
+from pretrain.run import Trained
+
+SPLITS = ("train", "valid", "test")
+
+
+def train_parts(work: Work) -> None:
+    """Trains every part that has not been trained, and the language models before them."""
+    recipe = work.recipe
+    parts = [part for part in work.parts() if not storage.exists(part_file(work.out, part))]
+    if not parts:
+        return
+    recipe_json = json.dumps(config.dump(recipe))
+    with logs.progress("fine-tuning", len(parts)) as show:
+        done = 0
+
+        def finished(part: Part) -> None:
+            nonlocal done
+            done += 1
+            show(done, f"{part.name} of {len(work.folds)} folds, {done}/{len(parts)}")
+
+        if not recipe.workers:
+            for part in parts:
+                train_part(work, part)
+                finished(part)
+            return
+        ray_runtime.start(recipe.workers)
+        try:
+            tunings = (
+                sorted({(part.fold, part.backward) for part in parts if part.pretrained}) if recipe.lm.epochs else []
+            )
+            tune = ((recipe_json, work.out, fold, backward) for fold, backward in tunings)
+            for _ in ray_runtime.map_tasks(_tune_task, tune, in_flight=recipe.workers, gpus=recipe.gpus):
+                pass
+            items = ((recipe_json, work.out, part) for part in parts)
+            for index, _ in ray_runtime.map_tasks(_part_task, items, in_flight=recipe.workers, gpus=recipe.gpus):
+                finished(parts[index])
+        finally:
+            ray_runtime.stop()
+
+
+@functools.lru_cache(maxsize=1)
+def _work(recipe_json: str, out: str) -> Work:
+    """The work as a Ray process knows it, made once."""
+    recipe = config.validate(FinetuneRecipe, json.loads(recipe_json), out)
+    return prepare(recipe, out, open_models(recipe))
+
+
+def _part_task(recipe_json: str, out: str, part: Part) -> None:
+    train_part(_work(recipe_json, out), part)
+
+
+def _tune_task(recipe_json: str, out: str, fold: int, backward: bool) -> None:
+    work = _work(recipe_json, out)
+    model_of(work, Part(fold, True, backward, work.recipe.seeds[0]))
+
+
+def model_of(work: Work, part: Part) -> tuple[Trained, str | None]:
+    """The language model that a part begins with, and the name of its weights where [lm] has made them."""
+    trained = next(model for model in work.models if model.backward == part.backward)
+    if not part.pretrained:
+        return fresh(trained, part.seed), None
+    if not work.recipe.lm.epochs:
+        return trained, None
+    texts = [text for _, text in lm_notes(work, work.folds[part.fold])]
+    name = lm.tuned(trained, work.recipe.lm, texts, work.recipe.seeds[0])
+    return lm.with_weights(trained, name), name
+
+
+def fresh(trained: Trained, seed: int) -> Trained:
+    """The same network with first weights."""
+    kind = MODELS[trained.recipe["model"]["name"]]
+    settings = config.validate(kind.Config, trained.recipe["model"], trained.run)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = kind(settings, trained.tokenizer.vocab_size)
+    return trained.with_model(model.eval())
+
+
+def train_part(work: Work, part: Part) -> None:
+    """Trains one classifier; writes its weights, and then its probabilities of `valid` and `test`."""
+    recipe, fold, classes = work.recipe, work.folds[part.fold], len(work.cohort.classes)
+    trained, tuned = model_of(work, part)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained.model.to(device)
+    tell = recipe.tell if recipe.mode == "stages" else PLAIN
+    splits = fold.splits()
+    notes = {name: encode_for(trained, splits[name], recipe.max_tokens, tell) for name in SPLITS}
+    labels = {name: labels_of(splits[name], classes, work.cohort.several) for name in SPLITS}
+    learn = _learn_frozen if recipe.mode == "frozen" else _learn_stages
+    found, weights, history = learn(work, part, trained, notes, labels)
+    if part.pretrained:
+        storage.write_bytes(classifier_file(work.out, recipe.mode, part), weights)
+    about = np.frombuffer(json.dumps({"history": history, "lm": tuned}).encode(), np.uint8)
+    storage.write_bytes(part_file(work.out, part), frozen.npz({**found, "about": about}))
+
+
+Learned = tuple[dict[str, Floats], bytes, list[dict[str, Any]]]
+
+
+def _learn_stages(
+    work: Work, part: Part, trained: Trained, notes: Mapping[str, list[Note]], labels: Mapping[str, Any]
+) -> Learned:
+    recipe, stages = work.recipe, work.recipe.stages
+    classifier = build(trained, len(work.cohort.classes), recipe.head, part.seed)
+    tokens = {name: sum(len(note.tokens) for note in notes[name]) for name in SPLITS}
+    learned = tokens["train"] + tokens["valid"]
+    kept = 4 * learned * classifier.width < stages.cache_mb * 10**6
+    total = learned * stages.epochs_head // (10 if kept else 1) + (learned if kept else 0)
+    total += learned * (stages.epochs_top + stages.epochs_all) + tokens["valid"] + tokens["test"]
+    done, said = 0, ""
+    with logs.progress(part.name, total) as show:
+
+        def advance(read_tokens: int, note: str) -> None:
+            nonlocal done, said
+            done, said = done + read_tokens, note or said
+            show(done, said)
+
+        data = {}
+        for name in SPLITS:
+            states = read_states(classifier, notes[name], stages, advance) if kept and name != "test" else None
+            data[name] = Labelled(notes[name], labels[name], states)
+        history = fine_tune(classifier, data["train"], data["valid"], stages, part.seed, advance)
+        found = {name: probabilities(classifier, data[name], False, stages, advance) for name in ("valid", "test")}
+    best = next(one for one in history if one.kept)
+    logs.say(f"{part.name}: stage {best.stage} is the best on validation: {best.validation:.3f}")
+    return found, _weights(classifier), [one._asdict() for one in history]
+
+
+def _learn_frozen(
+    work: Work, part: Part, trained: Trained, notes: Mapping[str, list[Note]], labels: Mapping[str, Any]
+) -> Learned:
+    recipe, fold = work.recipe, work.folds[part.fold]
+    reader = build(trained, len(work.cohort.classes), recipe.head, part.seed)
+    done = 0
+    with logs.progress(part.name, sum(len(note.tokens) for name in SPLITS for note in notes[name])) as show:
+
+        def advance(read_tokens: int, note: str) -> None:
+            nonlocal done
+            done += read_tokens
+            show(done, "reading")
+
+        data = {}
+        for name in SPLITS:
+            states = np.zeros((len(notes[name]), 0))
+            if "states" in recipe.frozen.features:
+                states = frozen.pooled_states(reader, notes[name], recipe.stages.batch, advance)
+            data[name] = (fold.splits()[name], states, labels[name])
+    unlabelled = fold.rest
+    if work.unlabelled and not any(example.mentions for example in fold.train):
+        unlabelled = [*unlabelled, *(Example("", patient, text, -1) for patient, text in lm_notes(work, fold))]
+    found, model, strength = frozen.fit(recipe.frozen, data, unlabelled, recipe.seeds[0])
+    return found, model.save(), [{"stage": "regression", "strength": strength}]
+
+
+def encode_for(trained: Trained, examples: Sequence[Example], max_tokens: int, tell: TellConfig) -> list[Note]:
+    """The notes in the direction in which the model reads."""
+    notes = encode(trained.tokenizer, examples, max_tokens, tell)
+    return [note.reversed() for note in notes] if trained.backward else notes
+
+
+def _weights(classifier: NoteClassifier) -> bytes:
+    # A tied weight has two names and is stored under both: the format has no shared tensors.
+    weights: bytes = safetensors.torch.save(
+        {name: value.contiguous().cpu().clone() for name, value in classifier.state_dict().items()}
+    )
+    return weights
+
+
+def build(trained: Trained, classes: int, head: HeadConfig, seed: int) -> NoteClassifier:
+    """A classifier on its own copy of the language model; the head's first weights derive from the seed."""
+    encoder = copy.deepcopy(trained.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = NoteClassifier(encoder, classes, head)
+    return classifier.to(next(encoder.parameters()).device)
+
+
+def stored(out: str, part: Part) -> dict[str, Any]:
+    """What a part has left: probabilities [N, K] of `valid` and `test`, its history, the weights it began with."""
+    with np.load(io.BytesIO(storage.read_bytes(part_file(out, part))), allow_pickle=False) as found:
+        about: dict[str, Any] = json.loads(found["about"].tobytes())
+        return {"valid": found["valid"], "test": found["test"], **about}
