@@ -26,6 +26,7 @@ sys.path[0] = str(HERE)
 sys.path.append(BESIDE)
 
 import open_text  # noqa: E402  (benchmarks/open_text.py)
+from given import given as given_words  # noqa: E402  (benchmarks/given.py)
 
 from cluster import cli  # noqa: E402
 
@@ -86,39 +87,26 @@ def of_hospital(work: Path, patients: int) -> dict[str, Any]:
 
 
 def table(title: str, results: dict[str, dict[str, Any]], metric: str) -> None:
-    """One line a system, one column a result."""
+    """One line a system, and one a difference to the model; one column a result."""
     print(f"\n{title}: {metric}, 95% interval over patients")
-    print(f"{'':<10}" + "".join(f"{name:>32}" for name in results))
-    for system in ROWS:
-        prefix = "" if system == "model" else f"{system}_"
+    print(f"{'':<16}" + "".join(f"{name:>26}" for name in results))
+    differences = [
+        (f"less {name}", "difference_" if name == "baseline" else f"difference_{name}_") for name in ROWS[1:]
+    ]
+    for name, prefix in [(name, "" if name == "model" else f"{name}_") for name in ROWS] + differences:
+        sign = "+" if name.startswith("less") else ""
         cells = []
         for found in results.values():
-            value = found.get(f"{prefix}{metric}")
-            ends = [found.get(f"{prefix}{metric}_{end}") for end in ("low", "high")]
-            cells.append("" if value is None else f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]")
+            ends = [found.get(f"{prefix}{metric}{end}") for end in ("", "_low", "_high")]
+            value, low, high = ("" if end is None else f"{100 * end:{sign}.1f}" for end in ends)
+            cells.append(f"{value} [{low}, {high}]" if value else "")
         if any(cells):
-            print(f"{system:<10}" + "".join(f"{cell:>32}" for cell in cells))
-    for other in ROWS[1:]:
-        prefix = "difference_" if other == "baseline" else f"difference_{other}_"
-        cells = []
-        for found in results.values():
-            value = found.get(f"{prefix}{metric}")
-            ends = [found.get(f"{prefix}{metric}_{end}") for end in ("low", "high")]
-            cells.append("" if value is None else f"{100 * value:+.1f} [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]")
-        if any(cells):
-            print(f"less {other:<8}"[:14].ljust(10) + "".join(f"{cell:>32}" for cell in cells))
+            print(f"{name:<16}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 def main() -> None:
     """Prints the tables, and as the last line one JSON object."""
-    given = dict(DEFAULTS)
-    for word in sys.argv[1:]:
-        key, _, value = word.partition("=")
-        if key not in DEFAULTS or not value:
-            sys.exit(f"no key {key!r}; the keys are {', '.join(DEFAULTS)}")
-        given[key] = type(DEFAULTS[key])(value)
-    if not given["work"]:
-        sys.exit("work=DIR says where everything goes")
+    given = given_words(DEFAULTS, "work", str(__doc__))
     work = Path(given["work"]).resolve()
     began = time.monotonic()
     line: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from downstream.leakage import _alike as alike
+from downstream.leakage import alike
 
 FOLDS, TOP = 5, 10
 # These name the kind of document, not the specialty.

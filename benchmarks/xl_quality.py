@@ -23,6 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 sys.path.append(BESIDE)
 
 import awd_lstm  # noqa: E402  (benchmarks/awd_lstm.py)
+from given import given as given_words  # noqa: E402  (benchmarks/given.py)
 
 from pretrain import optim  # noqa: E402
 from pretrain.engine import Plain, Workers  # noqa: E402
@@ -84,14 +85,7 @@ def bits_per_byte(model: Any, corpus: Corpus, given: dict[str, Any], times: int)
 
 def main() -> None:
     """Prints a line a run and a table, and as the last line one JSON object."""
-    given = dict(DEFAULTS)
-    for word in sys.argv[1:]:
-        key, _, value = word.partition("=")
-        if key not in DEFAULTS or not value:
-            sys.exit(f"no key {key!r}; the keys are {', '.join(DEFAULTS)}")
-        given[key] = type(DEFAULTS[key])(value)
-    if not given["corpus"]:
-        sys.exit(str(__doc__).split("\n\n")[1].strip())
+    given = given_words(DEFAULTS, "corpus", str(__doc__))
     corpus, workers = Corpus.open(given["corpus"]), Workers(600)
     bits: dict[str, list[float]] = {}
     for seed in range(1, given["seeds"] + 1):

@@ -117,8 +117,8 @@ def _wandb(run: str, config: TrackingConfig, run_id: str, recipe: dict[str, Any]
         return None
     import wandb  # slow to import, and not needed by the other workers
 
-    # The W&B service of a process that this one descends from (a notebook, a launcher) outlives a worker that is killed,
-    # and keeps its run id from every other start of the run. Each start has a service of its own.
+    # The W&B service of a process that this one descends from (a notebook, a launcher) outlives a worker that is
+    # killed, and keeps its run id from every other start of the run. Each start has a service of its own.
     os.environ.pop("WANDB_SERVICE", None)
     # Where the run lives on an object store, W&B's own files stay on this machine.
     folder = storage.local_path(run) if storage.is_local(run) else tempfile.mkdtemp(prefix="chartlm-wandb-")

@@ -64,7 +64,7 @@ def copies(folds: Sequence[Splits]) -> list[tuple[str, Example, str, Example]]:
         {example.patient_id: name for name, examples in splits.items() for example in examples} for splits in folds
     ]
     found = []
-    for note, other in _alike([example.text for example in notes]):
+    for note, other in alike([example.text for example in notes]):
         for split_of in where:
             names = split_of.get(notes[note].patient_id), split_of.get(notes[other].patient_id)
             if None not in names and names[0] != names[1]:
@@ -73,7 +73,7 @@ def copies(folds: Sequence[Splits]) -> list[tuple[str, Example, str, Example]]:
     return found
 
 
-def _alike(texts: Sequence[str]) -> list[tuple[int, int]]:
+def alike(texts: Sequence[str]) -> list[tuple[int, int]]:
     """(a text, an earlier one that it is nearly the same as): of all earlier ones every such pair."""
     sketches_NS = _sketches(texts)
     buckets: dict[bytes, list[int]] = {}
@@ -88,8 +88,8 @@ def _alike(texts: Sequence[str]) -> list[tuple[int, int]]:
                 bucket.append(note)
         others = np.array(sorted(near), dtype=np.int64)
         if len(others):
-            alike = dedup.similarity(sketch_S, sketches_NS[others])
-            found += [(note, int(other)) for other in others[alike >= SIMILARITY]]
+            shared = dedup.similarity(sketch_S, sketches_NS[others])
+            found += [(note, int(other)) for other in others[shared >= SIMILARITY]]
     return found
 
 
@@ -107,7 +107,7 @@ def check_unlabelled(test: Sequence[Example], notes: Sequence[tuple[str, str]]) 
     """Raises DataError where the language model would read a note ((patient, text)) that is nearly one of test."""
     texts = {example.text: example for example in test}
     tested = len(texts)
-    pairs = _alike([*texts, *(text for _, text in notes)])
+    pairs = alike([*texts, *(text for _, text in notes)])
     if found := [(note - tested, other) for note, other in pairs if note >= tested > other]:
         note, other = found[0]
         raise DataError(
