@@ -65,7 +65,7 @@ def tfidf_regression(
     fits = {names: fitted(names) for names in ([("train",), both] if refit else [("train",)])}
     if refit:
         patients = [example.patient_id for name in both for example in splits[name]]
-        strength = chosen(fits[both][1], fits[both][2], patients, STRENGTHS, 0)
+        strength, _ = chosen(fits[both][1], fits[both][2], patients, STRENGTHS, 0)
     else:
         strength = max(STRENGTHS, key=lambda one: selection(labels["valid"], said(("train",), one, "valid")))
     test = said(both if refit else ("train",), strength, "test")

@@ -5,8 +5,9 @@
     topics   latent semantic analysis of the same (Deerwester et al. 1990), learned from the unlabelled notes as well
     place    how far into the note a mention stands
 
-Each is a block of unit length, so that one regularization fits all. With a few hundred labels this beats fine-tuning a
-small model, in seconds; `features` says which blocks there are, and a run with ["states"] shows what they are worth.
+Each is a block of unit length, so that one regularization fits all; how much the states count is chosen with it, by
+cross-validation: beside a mention a small model says more than the words, of a whole note less. `features` says which
+blocks there are, and a run with ["states"] shows what they are worth.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from downstream.metrics import Floats, Ints, selection
 from downstream.reading import Note
 from downstream.tasks.examples import Example
 
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # inverse regularization C
+STRENGTHS = (1.0, 10.0, 100.0)  # inverse regularization C
+MANY = 1000  # notes
+SCALES = (0.3, 1.0, 2.0)  # of the states
 BESIDE = (16, 64)  # tokens on each side of a mention over which states are averaged
 NEAR, FAR = 15, 60  # words on each side of a mention
 STEPS = np.linspace(0, 1, 9)  # of the place in the note
@@ -181,26 +184,28 @@ class Frozen:
             }
         return cls(settings, arrays)
 
-    def _features(self, examples: Sequence[Example], states_NP: Floats) -> sparse.csr_matrix:
-        arrays, blocks = self.arrays, []
+    def blocks(self, examples: Sequence[Example], states_NP: Floats) -> dict[str, sparse.csr_matrix]:
+        """The features by kind."""
+        arrays = self.arrays
+        found: dict[str, sparse.csr_matrix] = {}
         for kind in self.settings.features:
             if kind == "states":
-                blocks.append(sparse.csr_matrix(normalize((states_NP - arrays["mean"]) / arrays["deviation"])))
+                found[kind] = sparse.csr_matrix(normalize((states_NP - arrays["mean"]) / arrays["deviation"]))
             elif kind == "words":
-                blocks.append(Words(arrays["terms"], arrays["idf"])([told(example) for example in examples]))
+                found[kind] = Words(arrays["terms"], arrays["idf"])([told(example) for example in examples])
             elif kind == "topics":
                 views = _views(examples)
                 for view, texts in enumerate(views):
                     words = Words(arrays[f"topic{view}_terms"], arrays[f"topic{view}_idf"])(texts)
                     topics = normalize(words @ arrays[f"topic{view}_axes"].T)
-                    blocks.append(sparse.csr_matrix(topics / np.sqrt(len(views))))
+                    found[f"{kind}{view}"] = sparse.csr_matrix(topics / np.sqrt(len(views)))
             elif any(example.mentions for example in examples):
-                blocks.append(sparse.csr_matrix(normalize(np.stack([place(example) for example in examples]))))
-        return sparse.hstack(blocks).tocsr()
+                found[kind] = sparse.csr_matrix(normalize(np.stack([place(example) for example in examples])))
+        return found
 
     def __call__(self, examples: Sequence[Example], states_NP: Floats) -> Floats:
         """Probabilities [N, K]."""
-        return self.of_features(self._features(examples, states_NP))
+        return self.of_features(_joined(self.blocks(examples, states_NP), float(self.arrays["scale"])))
 
     def of_features(self, features: sparse.csr_matrix) -> Floats:
         """Probabilities [N, K] of rows of features."""
@@ -215,40 +220,50 @@ class Frozen:
         return found
 
 
+def _joined(blocks: Mapping[str, sparse.csr_matrix], scale: float) -> sparse.csr_matrix:
+    """Blocks side by side, the states times `scale`."""
+    return sparse.hstack([block * (scale if kind == "states" else 1.0) for kind, block in blocks.items()]).tocsr()
+
+
 def fit(
     settings: FrozenConfig,
     data: Mapping[str, tuple[Sequence[Example], Floats, Ints]],
     unlabelled: Sequence[Example],
     seed: int,
-) -> tuple[dict[str, Floats], Frozen, float]:
-    """Chooses the regularization by cross-validation within `train` and `valid`, and learns from both.
+) -> tuple[dict[str, Floats], Frozen, dict[str, float]]:
+    """Chooses regularization and scale by cross-validation within `train` and `valid`, and learns from both.
 
     `data`: by split (examples, pooled states, labels). Returns the probabilities of `valid` (by the model that has not
-    seen it) and of `test`, the model, and the C that was chosen.
+    seen it) and of `test`, the model, and what was chosen.
     """
     train, valid = data["train"], data["valid"]
     arrays = _learn_blocks(settings, [*train[0], *valid[0]], np.concatenate([train[1], valid[1]]), unlabelled, seed)
-    blocks = Frozen(settings, arrays)
-    features = {name: blocks._features(examples, states_NP) for name, (examples, states_NP, _) in data.items()}
-
-    both = sparse.vstack([features["train"], features["valid"]])
+    blocks = {name: Frozen(settings, arrays).blocks(examples, states) for name, (examples, states, _) in data.items()}
+    both = {kind: sparse.vstack([blocks["train"][kind], blocks["valid"][kind]]) for kind in blocks["train"]}
     labels = np.concatenate([train[2], valid[2]])
-    strength = chosen(both, labels, [example.patient_id for example in (*train[0], *valid[0])], STRENGTHS, seed)
+    patients = [example.patient_id for example in (*train[0], *valid[0])]
+    scales = SCALES if "states" in settings.features and len(both) > 1 else (1.0,)
+    tried = {scale: chosen(_joined(both, scale), labels, patients, STRENGTHS, seed) for scale in scales}
+    scale = max(tried, key=lambda one: tried[one][1])
+    strength = tried[scale][0]
+    features = {name: _joined(found, scale) for name, found in blocks.items()}
     said = Frozen(settings, regress(features["train"], train[2], strength)).of_features(features["valid"])
-    found = Frozen(settings, arrays | regress(both, labels, strength))
-    return {"valid": said, "test": found.of_features(features["test"])}, found, strength
+    model = Frozen(settings, {**arrays, "scale": np.array(scale), **regress(_joined(both, scale), labels, strength)})
+    about = {"strength": strength, "scale": scale}
+    return {"valid": said, "test": model.of_features(features["test"])}, model, about
 
 
 def chosen(
     features: sparse.csr_matrix, labels: Ints, patients: Sequence[str], strengths: Sequence[float], seed: int
-) -> float:
-    """The C with the best score of predictions out of five folds by patient: with some hundred labels a fifth of them
-    alone is a bad guide.
+) -> tuple[float, float]:
+    """The C with the best score of predictions out of five folds by patient (three of many notes), and that score: with
+    some hundred labels a fifth of them alone is a bad guide.
     """
     strata = labels if labels.ndim == 1 else labels.argmax(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer notes than folds
-        cuts = list(StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(strata, strata, patients))
+        cutter = StratifiedGroupKFold(5 if len(labels) < MANY else 3, shuffle=True, random_state=seed)
+        cuts = list(cutter.split(strata, strata, patients))
     scores = {}
     for strength in strengths:
         said = []
@@ -256,10 +271,11 @@ def chosen(
             model = Frozen(FrozenConfig(), regress(features[learned], labels[learned], strength))
             said.append(model.of_features(features[left]))
         if len({one.shape[1] for one in said}) > 1:
-            return strength  # a class is missing in a fold: too few notes to choose
+            return strength, 0.0  # a class is missing in a fold: too few notes to choose
         order = np.concatenate([left for _, left in cuts])
         scores[strength] = selection(labels[order], np.concatenate(said))
-    return max(scores, key=lambda one: scores[one])
+    best = max(scores, key=lambda one: scores[one])
+    return best, scores[best]
 
 
 def regress(features: sparse.csr_matrix, labels: Ints, strength: float) -> dict[str, Any]:

@@ -174,8 +174,8 @@ def _learn_frozen(
     unlabelled = fold.rest
     if work.unlabelled and not any(example.mentions for example in fold.train):
         unlabelled = [*unlabelled, *(Example("", patient, text, -1) for patient, text in lm_notes(work, fold))]
-    found, model, strength = frozen.fit(recipe.frozen, data, unlabelled, recipe.seeds[0])
-    return found, model.save(), [{"stage": "regression", "strength": strength}]
+    found, model, chosen = frozen.fit(recipe.frozen, data, unlabelled, recipe.seeds[0])
+    return found, model.save(), [{"stage": "regression", **chosen}]
 
 
 def encode_for(trained: Trained, examples: Sequence[Example], max_tokens: int, tell: TellConfig) -> list[Note]:

@@ -116,6 +116,8 @@ def check_keys(recipe: FinetuneRecipe) -> None:
         raise ConfigError("labels: needs folds=5 (or another number), or folds_file")
     if recipe.conformal is not None and getattr(recipe.task, "several", False):
         raise ConfigError("conformal: sets need one label a note, not task.several")
+    if recipe.mode == "frozen" and set(recipe.frozen.features) == {"place"} and recipe.task.name != "status":
+        raise ConfigError("frozen.features: place is where a mention stands, and this task has none; add another")
     if recipe.repeats > 1 and not recipe.folds:
         raise ConfigError("repeats: needs folds=5 (or another number)")
 

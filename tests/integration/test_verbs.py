@@ -12,6 +12,7 @@ import pytest
 import torch
 from corpora import SMALL_MODELS, notes, tiny_corpus
 from ranks import run_on_ranks
+from threadpoolctl import threadpool_limits
 
 from cluster import config
 from downstream import finetune
@@ -64,10 +65,11 @@ def test_every_verb(tmp_path: Path, corpus: str, name: str) -> None:
     stages = ["stages.epochs_head=1", "stages.epochs_top=1", "stages.epochs_all=1", "seeds=[1]", "bootstrap_draws=20"]
     task += ["task.patient=patient", "tracking.wandb=disabled"]
     finetune.main([f"run={run}", f"out={tmp_path}/finetuned", f"backward={backward}", *task, *stages])
-    # In folds, as Ray tasks and one after the other: the same numbers.
+    # In folds, as Ray tasks and one after the other: the same numbers, by as many threads (a Ray task has one).
     quick = ["mode=frozen", "folds=2", "frozen.topics=5", "bootstrap_draws=20", "others=true", "copies=true"]
     for out, workers in (("ray", 2), ("here", 0)):
-        finetune.main([f"run={run}", f"out={tmp_path}/{out}", f"workers={workers}", *task, *quick])
+        with threadpool_limits(1):
+            finetune.main([f"run={run}", f"out={tmp_path}/{out}", f"workers={workers}", *task, *quick])
     assert (tmp_path / "ray/results.json").read_bytes() == (tmp_path / "here/results.json").read_bytes()
     kept = {path.name: json.loads(path.read_text()) for path in (tmp_path / "forward").glob("evaluation-*.json")}
     otherwise = "-".join(["bptt=7", *(f"{word[6:]}".replace("true", "True") for word in OTHERWISE[name])])
