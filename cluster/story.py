@@ -200,7 +200,14 @@ def _summary(run: str, task_out: str) -> dict[str, Any]:
     for key in ("auroc", "auroc_low", "auroc_high", "auprc", "accuracy", "macro_f1", "macro_f1_low", "macro_f1_high"):
         if key in task:
             summary[f"{name}_{key}"] = task[key]
-    for key in ("baseline_auroc", "baseline_auprc", "baseline_accuracy", "baseline_macro_f1", "majority_accuracy"):
+    for key in (
+        "baseline_auroc",
+        "scratch_auroc",
+        "baseline_auprc",
+        "baseline_accuracy",
+        "baseline_macro_f1",
+        "majority_accuracy",
+    ):
         if key in task:
             summary[key] = task[key]
     return summary

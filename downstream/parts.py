@@ -22,7 +22,17 @@ from downstream.metrics import Floats
 from downstream.reading import PLAIN, Note, TellConfig, encode
 from downstream.tasks.examples import Example
 from downstream.unfreezing import Labelled, fine_tune, probabilities, read_states
-from downstream.work import FinetuneRecipe, Part, Work, classifier_file, lm_notes, open_models, part_file, prepare
+from downstream.work import (
+    FinetuneRecipe,
+    Part,
+    Work,
+    classifier_file,
+    kept_folds,
+    lm_notes,
+    open_models,
+    part_file,
+    prepare,
+)
 from pretrain.models import MODELS
 from pretrain.run import Trained
 
@@ -114,7 +124,7 @@ def train_part(work: Work, part: Part) -> None:
     labels = {name: labels_of(splits[name], classes, work.cohort.several) for name in SPLITS}
     learn = _learn_frozen if recipe.mode == "frozen" else _learn_stages
     found, weights, history = learn(work, part, trained, notes, labels)
-    if part.pretrained:
+    if part.pretrained and part.fold in kept_folds(recipe, len(work.folds)):
         storage.write_bytes(classifier_file(work.out, recipe.mode, part), weights)
     about = np.frombuffer(json.dumps({"history": history, "lm": tuned}).encode(), np.uint8)
     storage.write_bytes(part_file(work.out, part), frozen.npz({**found, "about": about}))

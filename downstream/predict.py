@@ -30,7 +30,16 @@ from downstream.reading import PLAIN
 from downstream.tasks.examples import Example
 from downstream.tasks.status import StatusTask
 from downstream.unfreezing import Labelled, probabilities
-from downstream.work import RESULTS, FinetuneRecipe, Part, classifier_file, lineage, open_models, parts_of
+from downstream.work import (
+    RESULTS,
+    FinetuneRecipe,
+    Part,
+    classifier_file,
+    kept_folds,
+    lineage,
+    open_models,
+    parts_of,
+)
 from pretrain.run import Trained
 from sharding.readers import csv_file
 
@@ -66,8 +75,8 @@ class Predictor:
                     f"{folder}: was made from step {known['step']} of {trained.run}, which is at step {trained.step} "
                     "now or was trained again; fine-tune again"
                 )
-        self._calibration = [restored(by_name["model"]) for by_name in about["calibration"]]
-        folds = range(len(self._calibration))
+        folds = kept_folds(self.recipe, len(about["calibration"]))
+        self._calibration = [restored(about["calibration"][fold]["model"]) for fold in folds]
         self.parts = [part for fold in folds for part in parts_of(self.recipe, self.models, fold, True)]
         self.tell = self.recipe.tell if self.recipe.mode == "stages" else PLAIN
         parts_about = about["parts"]

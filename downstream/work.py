@@ -90,6 +90,13 @@ def parts_of(recipe: FinetuneRecipe, models: Sequence[Trained], fold: int, pretr
     return [Part(fold, pretrained, trained.backward, seed) for trained in models for seed in seeds]
 
 
+def kept_folds(recipe: FinetuneRecipe, folds: int) -> range:
+    """The folds whose classifiers are kept, to predict: those of the first repeat. They have seen every note, and those
+    of further repeats would only fill the disk.
+    """
+    return range(folds // recipe.repeats)
+
+
 class Work(NamedTuple):
     """What all parts share."""
 

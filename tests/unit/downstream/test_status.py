@@ -194,6 +194,20 @@ def test_frozen_features_in_folds_and_on_new_notes(notes: Path) -> None:
         predict.Predictor(f"{notes}/out").classifier(predict.Predictor(f"{notes}/out").parts[0])
 
 
+def test_of_repeats_the_first_one_s_classifiers_are_kept(notes: Path) -> None:
+    finetune.main(arguments(notes, "mode=frozen", "folds=2", "repeats=2", "scratch=false", "frozen.topics=5"))
+    assert {path.name for path in (notes / "out").glob("classifier-*")} == {
+        "classifier-fold-1-seed-1.npz", "classifier-fold-2-seed-1.npz",
+    }  # fmt: skip
+    predictor = predict.Predictor(f"{notes}/out")
+    example = predictor.example("n", f"{PAST} shingles and pain")
+    assert example is not None
+    assert predictor.classes[predictor([example])[0].argmax()] == "past"
+    rows = pq.read_table(notes / "out/predictions.parquet").to_pylist()
+    assert len(rows) == 200
+    assert len({row["fold"] for row in rows if row["patient_id"] == "p0"}) == 2
+
+
 def test_what_was_done_is_not_done_again(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after two parts, the same command trains the others only and gives the same numbers."""
     args = arguments(notes, "mode=frozen", "folds=3", "frozen.topics=10")
