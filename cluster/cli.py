@@ -63,6 +63,14 @@ VERBS = {
     ),
     "predict": Verb("predict OUT NOTES.csv", "a fine-tuned predictor on new notes, streamed", "downstream.predict"),
     "explain": Verb("explain OUT NOTE.txt", "where that predictor looks in a note, as a page", "downstream.explain"),
+    "annotate": Verb(
+        "annotate rules NOTES.csv concepts=FILE",
+        "mentions of concepts in notes and what is said of them; learn=GOLD.jsonl learns a reader",
+        "downstream.concepts.annotate",
+    ),
+    "score": Verb(
+        "score GOLD.jsonl PREDICTED.jsonl", "annotations against a hand-labelled set", "downstream.concepts.score"
+    ),
     "up": Verb("up [workers=N]", "a Ray cluster on this machine; join=HOST:PORT joins one", "cluster.local", "up"),
     "down": Verb("down", "end what up has started here", "cluster.local", "down"),
     "submit": Verb("submit VERB RECIPE [cluster=URL]", "run a verb as a job of a cluster", "cluster.jobs", "submit"),
