@@ -4,35 +4,45 @@ READER is `rules`, which needs no model, or a file that was learned from annotat
 
     ./launch.sh annotate reader.npz learn=gold.jsonl               learns it
     ./launch.sh annotate reader.npz notes.csv concepts=zoster.toml uses it
+
+Notes go in and come out of the tools of annotators, too: `to=doccano` writes pre-labels, `format=doccano` learns from
+what was corrected.
 """
 
 from __future__ import annotations
 
+import bisect
 import io
 import time
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, timedelta
+from typing import Literal
 from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field
 
 from cluster import config, logs, storage
-from cluster.config import Place, Section
+from cluster.config import Place
 from cluster.errors import ConfigError, DataError
-from downstream.concepts import schema
+from downstream.concepts import dates, formats, labs, sections
 from downstream.concepts.attributes import Attributes, mentions_of
 from downstream.concepts.mentions import Finder, load
-from downstream.concepts.schema import Note
+from downstream.concepts.schema import Note, Relation, Section, Span
 from downstream.concepts.words import Text
 from downstream.frozen import npz
 from downstream.tasks.table import rows
 
 RULES = "rules"
+PRESENT = timedelta(days=30)  # what is dated within so many days is of now
+BESIDE = 60  # characters between a lab test and its value
 EVERY = 10.0  # seconds between two lines about how far it is
 
+Format = Literal["jsonl", "brat", "doccano", "label-studio", "xmi", "medcattrainer"]
+Written = Literal["jsonl", "brat", "doccano", "label-studio", "label-studio-predictions"]
 
-class AnnotateRecipe(Section):
+
+class AnnotateRecipe(config.Section):
     """`./launch.sh annotate READER NOTES concepts=FILE [out=FILE]`."""
 
     reader: str = Field(description="'rules', or the file of a learned reader")
@@ -44,6 +54,8 @@ class AnnotateRecipe(Section):
     patient: str | None = Field(None, description="column of the patient")
     date: str | None = Field(None, description="column of the note's date, YYYY-MM-DD; a time after it is left out")
     learn: Place | None = Field(None, description="annotated notes: the reader is learned from them")
+    format: Format = Field("jsonl", description="of the file to learn from")
+    to: Written = Field("jsonl", description="format of the annotated notes")
     skip_bad: bool = Field(False, description="annotated notes that are wrong are left out and counted")
 
 
@@ -67,14 +79,15 @@ def main(args: list[str]) -> None:
         for note in _notes(asked):
             found = annotator(note)
             counts["notes"] += 1
-            counts["mentions"] += len(found.spans)
-            counts["with"] += bool(found.spans)
+            mentions = sum(span.concept is not None for span in found.spans)
+            counts["mentions"] += mentions
+            counts["with"] += mentions > 0
             if (now := time.monotonic()) - told > EVERY:
                 told = now
                 logs.say(f"annotating: {counts['notes']:,} notes, {counts['notes'] / (now - began):,.0f} notes/s")
             yield found
 
-    schema.write(asked.out, annotated())
+    formats.WRITERS[asked.to](asked.out, annotated())
     logs.say(
         f"{counts['notes']:,} notes, {counts['with']:,} with a mention, {counts['mentions']:,} mentions; in {asked.out}"
     )
@@ -85,7 +98,8 @@ def learn(asked: AnnotateRecipe) -> None:
     if asked.reader == RULES:
         raise ConfigError("reader: 'rules' learns nothing; give the file to write")
     assert asked.learn is not None
-    notes = [note for url in storage.expand(asked.learn) for note in schema.read(url, asked.skip_bad)]
+    urls = storage.expand(asked.learn) if "*" in asked.learn else [asked.learn]  # BRAT's is a folder
+    notes = [note for url in urls for note in formats.read(url, asked.format, asked.skip_bad)]
     learned = Attributes.fit(notes)
     if not learned.learned:
         raise DataError(f"{asked.learn}: no attribute has two values, so there is nothing to learn")
@@ -104,20 +118,87 @@ def reader(url: str) -> Attributes:
 
 
 class Annotator:
-    """Finds mentions and says what is said of them."""
+    """Finds sections, mentions, dates and lab values, and says what is said of them."""
 
     def __init__(self, finder: Finder, attributes: Attributes):
         self.finder, self.attributes = finder, attributes
 
     def __call__(self, note: Note) -> Note:
-        """The note with spans; its text as it is."""
-        spans = self.finder(Text(note.text))
-        mentions = mentions_of(note, spans)
+        """The note with sections, spans and relations; its text as it is."""
+        found = [Section(**section._asdict()) for section in sections.find(note.text)]
+        starts = [section.start for section in found]
+        text = Text(note.text)
+        spans = self.finder(text)
+        for span in spans:
+            place = bisect.bisect_right(starts, span.start) - 1
+            if place >= 0 and span.start < found[place].end:
+                span.section = found[place].label
+        mentions = mentions_of(note, spans, text)
         for span, mention, (values, scores) in zip(spans, mentions, self.attributes(mentions), strict=True):
             span.attributes, span.cues = values, mention.cues
             if scores:
                 span.scores = scores
-        return note.model_copy(update={"spans": spans})
+        relations: list[Relation] = []
+        if spans:
+            _dated(note, text, spans, relations)
+            _measured(note, spans, relations)
+        return note.model_copy(update={"sections": found, "spans": spans, "relations": relations})
+
+
+def _dated(note: Note, text: Text, spans: list[Span], relations: list[Relation]) -> None:
+    """Adds the dates of sentences that hold a mention, and links each mention with the nearest of its sentence. A
+    mention that is dated before the note's day and that nothing else places is historical, one after it is future.
+    """
+    day = date.fromisoformat(note.note_date) if note.note_date else None
+    mentions = list(spans)
+    by_sentence: dict[int, list[Span]] = {}
+    for found in dates.find(note.text, day):
+        value = {"from": found.first.isoformat(), "to": found.last.isoformat(), "granularity": found.granularity}
+        span = Span(
+            id=f"D{found.start}", start=found.start, end=found.end, text=note.text[found.start : found.end],
+            label="date", value=value,
+        )  # fmt: skip
+        by_sentence.setdefault(_sentence(text, span), []).append(span)
+    used: dict[str, Span] = {}
+    for mention in mentions:
+        near = by_sentence.get(_sentence(text, mention))
+        if not near:
+            continue
+        tail = min(near, key=lambda span: max(span.start - mention.end, mention.start - span.end))
+        used[tail.id] = tail
+        relations.append(Relation(type="dated", head=mention.id, tail=tail.id))
+        when = tail.value or {}
+        if day and mention.attributes.get("temporality") == "current" and "temporality" not in mention.scores:
+            if date.fromisoformat(when["to"]) < day - PRESENT:
+                mention.attributes["temporality"] = "historical"
+            elif date.fromisoformat(when["from"]) > day:
+                mention.attributes["temporality"] = "future"
+    spans += used.values()
+
+
+def _sentence(text: Text, span: Span) -> int:
+    return text.sentence(text.span_of(span.start, span.end)[0])[0]
+
+
+def _measured(note: Note, spans: list[Span], relations: list[Relation]) -> None:
+    """Adds the values of lab tests, each linked with its test."""
+    tests = [span for span in spans if span.label == "lab_test"]
+    if not tests:
+        return
+    taken = [(span.start, span.end) for span in spans]
+    values = [value for value in labs.find(note.text) if not any(a < value.end and b > value.start for a, b in taken)]
+    linked = labs.link(note.text, [(one.start, one.end) for one in values], [(one.start, one.end) for one in tests])
+    for value, which in zip(values, linked, strict=True):
+        if which is None or abs(value.start - tests[which].end) > BESIDE:
+            continue
+        said = {"number": value.number, "comparison": value.comparison, "to": value.high, "unit": value.unit}
+        kept = {key: one for key, one in (said | {"flag": value.flag}).items() if one not in (None, "")}
+        span = Span(
+            id=f"V{value.start}", start=value.start, end=value.end, text=note.text[value.start : value.end],
+            label="lab_value", value=kept,
+        )  # fmt: skip
+        spans.append(span)
+        relations.append(Relation(type="value_of", head=span.id, tail=tests[which].id))
 
 
 def _notes(asked: AnnotateRecipe) -> Iterator[Note]:

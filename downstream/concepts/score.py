@@ -1,9 +1,9 @@
 """`./launch.sh score GOLD.jsonl PREDICTED.jsonl`: anybody's system against a hand-labelled set, in the same numbers.
 
 Spans are those of the gold file: each is compared with the predicted span that shares most characters with it (of its
-concept, where both name one); one that nobody found counts as the usual value, as it would in use. Of every attribute
-value but the usual one: precision, recall, F1, with 95% intervals over documents. With `kappa=true` the two files are of
-two annotators, and agreement is Cohen's (1960) kappa.
+concept, where both name one); one that nobody found counts as the usual value, as it would in use. Of every value of an
+attribute but the usual one: precision, recall, F1, with 95% intervals over documents. With `kappa=true` the files are
+of two annotators, and agreement is Cohen's (1960) kappa.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import ConfigError, DataError
-from downstream.concepts import annotate, schema, score
+from downstream.concepts import annotate, formats, schema, score
 from downstream.concepts.attributes import Attributes, mentions_of
 from downstream.concepts.cues import Cues, decide
 from downstream.concepts.mentions import Concept, Finder, load
@@ -110,13 +110,49 @@ def test_annotate_rules_and_score(notes: Path, capsys: pytest.CaptureFixture[str
     assert found[2].note_date is None
     [span] = found[0].spans
     assert (span.text, span.attributes["negation"], span.cues) == ("shingles", "negated", {"negation": (0, 2)})
-    assert [span.attributes["experiencer"] for span in found[2].spans] == ["patient", "family"]
+    assert [span.attributes["experiencer"] for span in found[2].spans if span.concept] == ["patient", "family"]
     score.main([out, out, f"out={notes}/score.json", "kappa=true"])
     scored = json.loads((notes / "score.json").read_text())
     assert scored["values"]["negation:negated"]["f1"] == 1.0
     assert scored["kappa"] == {"experiencer": 1.0, "negation": 1.0}
     shown = capsys.readouterr()
     assert "Father" not in shown.out + shown.err
+
+
+def test_sections_dates_and_values(notes: Path) -> None:
+    text = (
+        "PAST MEDICAL HISTORY: Shingles. ASSESSMENT: Shingles in 2010. VZV IgG 2.31 high. Father had zoster last "
+        "summer. Shingrix on 9/1/2015."
+    )
+    (notes / "notes.csv").write_text(f'id,when,text\n1,2015-08-02,"{text}"\n')
+    out = f"{notes}/out.jsonl"
+    annotate.main(["rules", f"{notes}/notes.csv", f"concepts={ZOSTER}", f"out={out}", "date=when"])
+    [note] = schema.read(out)
+    assert note.text == text
+    by_id = {span.id: span for span in note.spans}
+    first, second, test, zoster, vaccine = note.spans[:5]
+    assert [one.section for one in (first, second)] == ["past_medical_history", "assessment"]
+    # One by its section, one by the year beside it, the vaccine by a day that is still to come.
+    assert [one.attributes["temporality"] for one in (first, second, test, vaccine)] == [
+        "historical", "historical", "current", "future",
+    ]  # fmt: skip
+    assert zoster.attributes["experiencer"] == "family"
+    linked = {(one.type, one.head): by_id[one.tail] for one in note.relations}
+    assert linked["dated", second.id].value == {"from": "2010-01-01", "to": "2010-12-31", "granularity": "year"}
+    assert linked["dated", zoster.id].value == {"from": "2014-06-01", "to": "2014-08-31", "granularity": "season"}
+    values = [by_id[head].value for (type_, head), tail in linked.items() if type_ == "value_of" and tail is test]
+    assert {"number": 2.31} in [{"number": (one or {}).get("number")} for one in values]
+
+
+@pytest.mark.parametrize("name", ["brat", "doccano", "label-studio"])
+def test_prelabels_go_to_a_tool_and_come_back_as_gold(notes: Path, name: str) -> None:
+    (notes / "notes.csv").write_text("id,text\n" + "".join(f"{i},No fever. Zoster.\n" for i in range(8)))
+    place = f"{notes}/out" if name == "brat" else f"{notes}/out.json"
+    annotate.main(["rules", f"{notes}/notes.csv", f"concepts={ZOSTER}", f"out={notes}/native.jsonl"])
+    annotate.main(["rules", f"{notes}/notes.csv", f"concepts={ZOSTER}", f"out={place}", f"to={name}"])
+    assert list(formats.read(place, name)) == list(schema.read(f"{notes}/native.jsonl"))
+    with pytest.raises(DataError, match="no attribute has two values"):
+        annotate.main([f"{notes}/reader.npz", f"learn={place}", f"format={name}"])
 
 
 def test_a_thousand_names_from_a_table(tmp_path: Path) -> None:
