@@ -281,11 +281,11 @@ def test_scores_by_hand(tmp_path: Path) -> None:
         score.main([f"{tmp_path}/gold.jsonl", f"{tmp_path}/other.jsonl"])
 
 
-def test_ten_thousand_mentions_in_a_megabyte() -> None:
-    text = "No fever today, rash on the left leg and cough that came back. " * 16_000
+def test_ten_thousand_mentions_in_one_note() -> None:
+    text = "No fever today, rash on the left leg and cough that came back. " * 4_000
     finder = Finder([Concept(name=name, names=(name,)) for name in ("fever", "rash", "cough")])
     note = annotate.Annotator(finder, Attributes({}))(Note(doc_id="n", text=text))
-    assert len(note.spans) == 48_000
+    assert len(note.spans) == 12_000
     assert not schema.problem(note)
     assert {span.attributes["negation"] for span in note.spans if span.concept == "fever"} == {"negated"}
 
