@@ -1,0 +1,296 @@
+"""What is said of mentions, against rules and a linear model, on public annotated notes; folds by document.
+
+    CHARTLM_DATA=DATA .venv/bin/python benchmarks/concepts.py
+
+Every row of a table is of one run, on the same folds: `reader` is ours (rules and words, learned), `rules` ours without
+learning, `words` TF-IDF of the words beside the mention with logistic regression. F1 with 95% intervals over documents.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import statistics
+import sys
+import time
+import zlib
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Python looks for modules beside the script, where `sharding` is another file.
+BESIDE = sys.path[0]
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.append(BESIDE)
+
+import numpy as np  # noqa: E402
+from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold  # noqa: E402
+
+from downstream.concepts import dates, labs, schema, score, sections  # noqa: E402
+from downstream.concepts.annotate import Annotator  # noqa: E402
+from downstream.concepts.attributes import Attribute, Attributes, Mention, matrix, mentions_of  # noqa: E402
+from downstream.concepts.mentions import Concept, Finder  # noqa: E402
+from downstream.concepts.schema import Note, Span  # noqa: E402
+from downstream.concepts.words import Text, windows  # noqa: E402
+
+FINDINGS = {"Sign_symptom", "Disease_disorder"}
+EVENTS = FINDINGS | {"Diagnostic_procedure", "Medication", "Therapeutic_procedure", "Clinical_event"}
+NOTE_DATE = date(2015, 8, 2)  # the case reports have none
+FEW, DRAWS = 200, 5
+
+
+class Corpus(NamedTuple):
+    """The spans of a corpus, flat."""
+
+    mentions: list[Mention]
+    spans: list[Span]
+    documents: np.ndarray
+    sentences: list[tuple[str, int]]
+    texts: list[str]  # the words on either side, marked by side
+
+    @classmethod
+    def of(cls, notes: list[Note]) -> Corpus:
+        """All spans of the notes."""
+        found = cls([], [], np.array([note.doc_id for note in notes for _ in note.spans]), [], [])
+        for note in notes:
+            text = Text(note.text)
+            found.mentions.extend(mentions_of(note, None, text))
+            for span in note.spans:
+                first, last = text.span_of(span.start, span.end)
+                left, right = windows(text, first, last, 12)
+                found.spans.append(span)
+                found.sentences.append((note.doc_id, text.sentence(first)[0]))
+                words = [*(f"l_{w}" for w in left[::-1]), *(f"c_{w}" for w in text.lower[first:last])]
+                found.texts.append(" ".join([*words, *(f"r_{w}" for w in right)]))
+        return found
+
+
+class Said(NamedTuple):
+    """Truth, and what every system says, of the same mentions."""
+
+    truth: np.ndarray
+    systems: dict[str, np.ndarray]
+    documents: list[str]
+    rows: np.ndarray
+
+
+def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few: int = 0, seed: int = 0) -> Said:
+    """Five folds by document; with `few` so many mentions of the other folds are learned from."""
+    rows = np.array([i for i, span in enumerate(corpus.spans) if labels is None or span.label in labels])
+    truth = np.array([corpus.spans[i].attributes.get(axis) == value for i in rows])
+    documents = corpus.documents[rows]
+    features = matrix(corpus.mentions[i] for i in rows)
+    texts = np.array([corpus.texts[i] for i in rows])
+    said = {name: np.zeros(len(rows), bool) for name in ("reader", "words")}
+    said["rules"] = np.array([corpus.mentions[i].rules[axis] == value for i in rows])
+    for learned, held in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(truth, truth, documents):
+        if few:
+            learned = np.sort(np.random.default_rng(seed).permutation(learned)[:few])
+        names = np.where(truth[learned], "1", "0").tolist()
+        ours = Attribute.fit(features[learned], names, documents[learned].tolist())
+        logs_NK = np.log(np.maximum(ours.probabilities(features[held]), 1e-9)) + ours.offsets_K
+        said["reader"][held] = logs_NK.argmax(1) == 1
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
+        one = LogisticRegression(C=10, class_weight="balanced" if few else None, solver="liblinear")
+        one.fit(words.fit_transform(texts[learned]), truth[learned])
+        said["words"][held] = one.predict(words.transform(texts[held]))
+    return Said(truth, said, documents.tolist(), rows)
+
+
+def f1(truth: np.ndarray, said: np.ndarray) -> float:
+    """In percent."""
+    return 200 * float((truth & said).sum()) / max(1.0, float(truth.sum() + said.sum()))
+
+
+def show(title: str, found: Said) -> float:
+    """Prints every system's row; the reader's F1 in percent."""
+    print(f"\n{title}: {found.truth.sum():,} of {len(found.truth):,} mentions")
+    for name, said in found.systems.items():
+        one = score._prf(found.truth, said, found.documents)
+        print(
+            f"  {name:<8} P {100 * one['precision']:5.1f}  R {100 * one['recall']:5.1f}  F1 {100 * one['f1']:5.1f} "
+            f"[{100 * one['f1_low']:.1f}, {100 * one['f1_high']:.1f}]"
+        )
+    return round(f1(found.truth, found.systems["reader"]), 1)
+
+
+def mixed(corpus: Corpus, found: Said) -> float:
+    """Accuracy in percent in sentences that deny one thing and affirm another."""
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for place, row in enumerate(found.rows):
+        groups[corpus.sentences[row]].append(place)
+    places = [i for group in groups.values() if len({bool(found.truth[i]) for i in group}) > 1 for i in group]
+    for name, said in found.systems.items():
+        print(f"  mixed sentences, {name:<8} {100 * np.mean(said[places] == found.truth[places]):.1f} of {len(places)}")
+    return round(100 * float(np.mean(found.systems["reader"][places] == found.truth[places])), 1)
+
+
+def few_labels(corpus: Corpus) -> float:
+    """Mean over draws of 200 mentions, in percent."""
+    draws = [compared(corpus, "negation", "negated", None, FEW, seed) for seed in range(DRAWS)]
+    print(f"\nNegEx, {FEW} labels, mean of {DRAWS} draws")
+    means = {}
+    for name in draws[0].systems:
+        all_f1 = [f1(one.truth, one.systems[name]) for one in draws]
+        means[name] = statistics.mean(all_f1)
+        print(f"  {name:<8} F1 {means[name]:5.1f} ({min(all_f1):.1f} to {max(all_f1):.1f})")
+    return round(means["reader"], 1)
+
+
+def transfer(negex: list[Note], maccrobat: list[Note]) -> None:
+    """Learned on one corpus, tested on the other: what is lost."""
+    print("\nnegation, learned on one corpus and tested on the other")
+    for name, learned, tested in (("NegEx → MACCROBAT", negex, maccrobat), ("MACCROBAT → NegEx", maccrobat, negex)):
+        reader = Attributes.fit(learned)
+        truth, said, rules = [], [], []
+        for note in tested:
+            mentions = mentions_of(note)
+            for span, mention, (values, _) in zip(note.spans, mentions, reader(mentions), strict=True):
+                if "negation" in span.attributes:
+                    truth.append(span.attributes["negation"] == "negated")
+                    said.append(values["negation"] == "negated")
+                    rules.append(mention.rules["negation"] == "negated")
+        t, s, r = (np.array(one) for one in (truth, said, rules))
+        print(f"  {name}: F1 {f1(t, s):.1f}, rules {f1(t, r):.1f}")
+
+
+UPPER = re.compile(r"(?:^|,|\.  ?)[ ,]*([A-Z][A-Z0-9/&()'\-.#]*(?:, ?(?=AND )| ?[ /&\-] ?[A-Z0-9/&()'\-.#]+)*):", re.M)
+
+
+def of_sections(data: Path) -> dict[str, float]:
+    """Heading coverage on the half of MTSamples that the table was not written with, and the tagger's accuracy."""
+    texts = sorted({row["transcription"] for row in _csv(data / "mtsamples/mtsamples.csv") if row["transcription"]})
+    known = count = 0
+    for text in texts:
+        if zlib.crc32(text.encode()) % 2:
+            found = {span.heading[1]: span.label for span in sections.find(text) if span.heading}
+            ends = [len(text[: heading.end(1)].rstrip()) for heading in UPPER.finditer(text)]
+            known += sum(found.get(end, "other") != "other" for end in ends)
+            count += len(ends)
+    train, valid = (list(_csv(data / f"mts_dialog/MTS-Dialog-{name}Set.csv")) for name in ("Training", "Validation"))
+    tagger = sections.SectionTagger().fit([r["section_text"] for r in train], [r["section_header"] for r in train])
+    said = tagger.predict([row["section_text"] for row in valid])
+    right = [label == row["section_header"] for (label, _), row in zip(said, valid, strict=True)]
+    print(
+        f"\nheadings: {100 * known / count:.1f}% of {count:,} are known; sections: {100 * np.mean(right):.1f}% of 100"
+    )
+    return {
+        "section_accuracy": round(100 * float(np.mean(right)), 1),
+        "heading_coverage": round(100 * known / count, 1),
+    }
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(1 << 30)
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def lab_links(notes: list[Note]) -> float:
+    """Share of values whose test is the right one, in percent; the weights are learned on the other folds."""
+    found = []
+    for note in notes:
+        place = {span.id: (span.start, span.end) for span in note.spans}
+        tests = sorted(place[span.id] for span in note.spans if span.label == "Diagnostic_procedure")
+        wanted: dict[tuple[int, int], set[int]] = defaultdict(set)
+        for relation in note.relations:
+            if relation.type == "value_of" and place[relation.tail] in tests:
+                wanted[place[relation.head]].add(tests.index(place[relation.tail]))
+        found.append((note.text, list(wanted), tests, list(wanted.values())))
+    rows = [labs.features(text, values, tests) for text, values, tests, _ in found]
+    right = nearest = total = 0
+    for learned, held in GroupKFold(5).split(found, groups=range(len(found))):
+        pairs = []
+        for at in learned:
+            for candidates, wanted_of in zip(rows[at], found[at][3], strict=True):
+                good = [np.array(row) for place, row in candidates if place in wanted_of]
+                bad = [np.array(row) for place, row in candidates if place not in wanted_of]
+                pairs += [a - b for a in good for b in bad]
+        both = np.concatenate([pairs, -np.array(pairs)])
+        one = LogisticRegression(C=0.1, fit_intercept=False, max_iter=2000).fit(both, np.repeat([1, 0], len(pairs)))
+        for at in held:
+            text, values, tests, wants = found[at]
+            linked = labs.link(text, values, tests, one.coef_[0].tolist())
+            right += sum(which in may for which, may in zip(linked, wants, strict=True))
+            for (start, end), may in zip(values, wants, strict=True):
+                nearest += min(range(len(tests)), key=lambda i: max(tests[i][0] - end, start - tests[i][1], 0)) in may
+            total += len(values)
+    print(
+        f"\nlab value to its test: {100 * right / total:.1f}% of {total:,}; nearest test {100 * nearest / total:.1f}%"
+    )
+    return round(100 * right / total, 1)
+
+
+def dates_resolved(notes: list[Note]) -> tuple[float, float]:
+    """Share of Date spans that give an interval, in percent: with the birth that the note's age says, and without."""
+    aged = alone = total = 0
+    for note in notes:
+        anchors = dates.Anchors(birth=dates.birth_of(note.text, NOTE_DATE))
+        for span in note.spans:
+            if span.label == "Date":
+                phrase = note.text[span.start : span.end]
+                total += 1
+                aged += dates.resolve(phrase, NOTE_DATE, anchors) is not None
+                alone += dates.resolve(phrase, NOTE_DATE) is not None
+    print(f"\ndates: {100 * aged / total:.1f}% of {total}; without the patient's age {100 * alone / total:.1f}%")
+    return round(100 * aged / total, 1), round(100 * alone / total, 1)
+
+
+def seconds_a_note(notes: list[Note], reader: Attributes) -> float:
+    """Median seconds for a note with 200 mentions, all attributes, sections, dates."""
+    names = sorted({span.text.lower() for note in notes for span in note.spans if span.label in FINDINGS})
+    finder = Finder([Concept(name=name, names=(name,)) for name in names])
+    text = "\n".join(note.text for note in notes[:12])
+    annotator = Annotator(finder, reader)
+    whole = annotator(Note(doc_id="n", text=text, note_date="2015-08-02"))
+    mentions = [span for span in whole.spans if span.concept]
+    text = text[: mentions[199].end + 1]
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        again = annotator(Note(doc_id="n", text=text, note_date="2015-08-02"))
+        times.append(time.perf_counter() - began)
+    count = sum(span.concept is not None for span in again.spans)
+    print(
+        f"\n{count} mentions in a note of {len(text):,} characters, {len(names):,} concepts: {statistics.median(times):.2f} s"
+    )
+    return round(statistics.median(times) * 200 / count, 3)
+
+
+def main() -> None:
+    """Prints the tables, and as the last line one JSON object."""
+
+    if not os.environ.get("CHARTLM_DATA"):
+        sys.exit("concepts.py: set CHARTLM_DATA to the folder that holds concepts, mtsamples and mts_dialog")
+    data = Path(os.environ["CHARTLM_DATA"])
+    negex = list(schema.read(str(data / "concepts/negex.jsonl")))
+    maccrobat = list(schema.read(str(data / "concepts/maccrobat2020.jsonl")))
+    line: dict[str, Any] = {}
+    line |= of_sections(data)
+    line["lab_link_accuracy"] = lab_links(maccrobat)
+    line["date_resolved"], line["date_resolved_without_age"] = dates_resolved(maccrobat)
+    small, large = Corpus.of(negex), Corpus.of(maccrobat)
+    found = compared(small, "negation", "negated", None)
+    line["negex_f1"] = show("NegEx, negated", found)
+    line["mixed_accuracy"] = mixed(small, found)
+    line["negex_f1_200"] = few_labels(small)
+    line["negex_historical_f1"] = show("NegEx, historical", compared(small, "temporality", "historical", None))
+    for key, axis, value, labels in (
+        ("negation", "negation", "negated", EVENTS),
+        ("uncertainty", "certainty", "uncertain", EVENTS),
+        ("history", "temporality", "historical", FINDINGS | {"History"}),
+        ("family", "experiencer", "family", FINDINGS | {"Family_history"}),
+    ):
+        line[f"maccrobat_{key}_f1"] = show(f"MACCROBAT, {value}", compared(large, axis, value, labels))
+    transfer(negex, maccrobat)
+    line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, Attributes.fit(negex))
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
