@@ -111,7 +111,7 @@ def show(title: str, found: Said) -> float:
     """Prints every system's row; the reader's F1 in percent."""
     print(f"\n{title}: {found.truth.sum():,} of {len(found.truth):,} mentions")
     for name, said in found.systems.items():
-        one = score._prf(found.truth, said, found.documents)
+        one = score.prf(found.truth, said, found.documents)
         print(
             f"  {name:<8} P {100 * one['precision']:5.1f}  R {100 * one['recall']:5.1f}  F1 {100 * one['f1']:5.1f} "
             f"[{100 * one['f1_low']:.1f}, {100 * one['f1_high']:.1f}]"
@@ -256,9 +256,8 @@ def seconds_a_note(notes: list[Note], reader: Attributes) -> float:
         again = annotator(Note(doc_id="n", text=text, note_date="2015-08-02"))
         times.append(time.perf_counter() - began)
     count = sum(span.concept is not None for span in again.spans)
-    print(
-        f"\n{count} mentions in a note of {len(text):,} characters, {len(names):,} concepts: {statistics.median(times):.2f} s"
-    )
+    seconds = statistics.median(times)
+    print(f"\n{count} mentions in a note of {len(text):,} characters, {len(names):,} concepts: {seconds:.2f} s")
     return round(statistics.median(times) * 200 / count, 3)
 
 
