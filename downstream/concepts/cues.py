@@ -61,7 +61,7 @@ class Cues:
         self._by_sentence: dict[str, dict[int, list[Found[Cue]]]] = {}
         for axis, phrases in _phrases().items():
             places: dict[int, list[Found[Cue]]] = {}
-            for found in phrases.find(text):
+            for found in phrases.find(text, overlapping=True):
                 places.setdefault(text.sentence(found.first)[0], []).append(found)
             self._by_sentence[axis] = places
 
@@ -74,8 +74,14 @@ class Cues:
         }
 
     def _reaching(self, cues: Sequence[Found[Cue]], axis: str, first: int, last: int) -> list[Hit]:
+        # "no change in the rash" denies nothing, but of "change in vision" it does
+        pseudo = [
+            other for other in cues if other.payload.kind == "pseudo" and (other.last <= first or other.first >= last)
+        ]
         hits = []
         for cue in cues:
+            if any(other.first <= cue.first and cue.last <= other.last for other in pseudo):
+                continue
             value, kind = cue.payload.value, cue.payload.kind
             # "no acute" of "no acute distress" may lie within the mention for a part
             if kind == "before" and cue.first < first:

@@ -97,8 +97,8 @@ class Phrases(Generic[PayloadT]):
     def __len__(self) -> int:
         return len(self._automaton)
 
-    def find(self, text: Text) -> list[Found[PayloadT]]:
-        """What stands in a text, in order; of overlapping phrases the longest of those that begin first."""
+    def find(self, text: Text, overlapping: bool = False) -> list[Found[PayloadT]]:
+        """What stands in a text, in order; of overlapping phrases the longest of those that begin first, or all."""
         if not len(self._automaton):
             return []
         words = [self._nearly(word) for word in text.lower] if self._nearly else text.lower
@@ -117,7 +117,7 @@ class Phrases(Generic[PayloadT]):
         found: list[Found[PayloadT]] = []
         done = 0
         for first, last, payloads in matches:
-            if first >= done:
+            if overlapping or first >= done:
                 found += [Found(first, last, payload) for payload in payloads]
                 done = last
         return found
