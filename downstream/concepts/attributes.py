@@ -10,6 +10,7 @@ labels the rules carry it; with many the words correct them.
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -71,8 +72,13 @@ def _mention(note: Note, text: Text, cues: Cues, span: Span) -> Mention:
     inside = text.lower[first:last]
     for word in inside:
         found[f"c:{word}"] = WORD
+        found[f"c<{word[:4]}"] = found[f"c>{word[-4:]}"] = WORD / 2
     found["c0:" + inside[0]] = found["c:" + "_".join(inside)] = WORD
-    begin = text.sentence(first)[0]
+    found[f"words={min(last - first, 8)}"] = WORD
+    begin, end = text.sentence(first)
+    found[f"sentence={min(bisect.bisect_right(text.sentences, first), 8)}"] = WORD
+    for word in dict.fromkeys(text.lower[begin:end]):
+        found[f"all:{word}"] = 0.3 * WORD
     for word in text.lower[begin : begin + 3]:
         found[f"s:{word}"] = WORD
     for word in text.lower[max(0, begin - 12) : begin]:
