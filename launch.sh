@@ -67,7 +67,7 @@ case $verb in
     "$venv/bin/mypy"
     exec "$venv/bin/shellcheck" launch.sh .ci/run deploy/slurm.sh
     ;;
-  demo | hospital | shard | check | verify | stats | pretrain | find-lr | evaluate | compare | generate | plot | finetune | predict | explain | annotate | score | up | down | submit | status | logs | stop | resume)
+  demo | hospital | shard | check | verify | stats | pretrain | find-lr | evaluate | compare | generate | plot | finetune | predict | explain | annotate | view | score | up | down | submit | status | logs | stop | resume)
     set_up
     exec "$venv/bin/python" -m cluster.cli "$@"
     ;;

@@ -68,6 +68,7 @@ VERBS = {
         "mentions of concepts in notes and what is said of them; learn=GOLD.jsonl learns a reader",
         "downstream.concepts.annotate",
     ),
+    "view": Verb("view ANNOTATED.jsonl", "annotated notes as an HTML page", "downstream.concepts.view"),
     "score": Verb(
         "score GOLD.jsonl PREDICTED.jsonl", "annotations against a hand-labelled set", "downstream.concepts.score"
     ),

@@ -56,9 +56,10 @@ def page(explanation: Explanation) -> bytes:
     mentions = _merged(explanation.mentions)
     style, script = CSS + _shades(), JS.replace("SHADES", str(SHADES))
     policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src {policy_hash(style)}; script-src {policy_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
     )
-    name = _shown(explanation.note_id)
+    name = shown(explanation.note_id)
     return f"""<!DOCTYPE html>
 <html lang="en" translate="no">
 <meta charset="utf-8">
@@ -242,8 +243,8 @@ def _span(run: _Run, piece: str, whole: bool) -> str:
 def _asked(concept: Sequence[str]) -> str:
     if not concept:
         return "nothing in particular"
-    also = ", ".join(f"<bdi>{_shown(name)}</bdi>" for name in concept[1:])
-    return f"<b><bdi>{_shown(concept[0])}</bdi></b>" + (f" (or {also})" if also else "")
+    also = ", ".join(f"<bdi>{shown(name)}</bdi>" for name in concept[1:])
+    return f"<b><bdi>{shown(concept[0])}</bdi></b>" + (f" (or {also})" if also else "")
 
 
 def _bars(explanation: Explanation) -> str:
@@ -252,7 +253,7 @@ def _bars(explanation: Explanation) -> str:
     for number, (name, probability) in enumerate(zip(explanation.classes, explanation.probabilities, strict=True)):
         kind, said = ("likely", "most likely") if number == likely else ("", "")
         rows.append(
-            f'<tr class="{kind}"><th scope="row"><bdi>{_shown(name)}</bdi></th><td class="bar">'
+            f'<tr class="{kind}"><th scope="row"><bdi>{shown(name)}</bdi></th><td class="bar">'
             f'<svg width="100%" height="14" aria-hidden="true"><rect width="100%" height="14" rx="3"/>'
             f'<rect width="{100 * min(1.0, probability):.2f}%" height="14" rx="3"/></svg></td>'
             f"<td>{_percent(probability)}</td><td>{said}</td></tr>"
@@ -312,11 +313,13 @@ def _escaped(piece: str) -> str:
     return html.escape(piece.replace("\r", ""))
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """HTML that shows a text as it is, sign by sign."""
     return _escaped(_visible(text))
 
 
-def _hash(source: str) -> str:
+def policy_hash(source: str) -> str:
+    """What allows a style or script in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
