@@ -27,9 +27,7 @@ def hostile() -> Note:
 
 def test_nothing_of_a_note_is_markup() -> None:
     made = view.page([hostile()]).decode()
-    assert (
-        "<script" not in made and "<img" not in made and "<b>" not in made and "<i>" not in made and "<u>" not in made
-    )
+    assert not [tag for tag in ("<script", "<img", "<b>", "<i>", "<u>") if tag in made]
     assert made.count("<mark") == 6 + 1  # the legend's, and one of two that overlap
     assert "script-src" not in made
     assert "default-src 'none'" in made
