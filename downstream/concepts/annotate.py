@@ -11,7 +11,6 @@ what was corrected.
 
 from __future__ import annotations
 
-import bisect
 import io
 import time
 from collections.abc import Iterator
@@ -25,10 +24,10 @@ from pydantic import Field
 from cluster import config, logs, storage
 from cluster.config import Place
 from cluster.errors import ConfigError, DataError
-from downstream.concepts import dates, formats, labs, sections
-from downstream.concepts.attributes import Attributes, mentions_of
+from downstream.concepts import dates, formats, labs
+from downstream.concepts.attributes import Attributes, mentions_of, sections_of
 from downstream.concepts.mentions import Finder, load
-from downstream.concepts.schema import Note, Relation, Section, Span
+from downstream.concepts.schema import Note, Relation, Span
 from downstream.concepts.words import Text
 from downstream.frozen import npz
 from downstream.tasks.table import rows
@@ -125,24 +124,21 @@ class Annotator:
 
     def __call__(self, note: Note) -> Note:
         """The note with sections, spans and relations; its text as it is."""
-        found = [Section(**section._asdict()) for section in sections.find(note.text)]
-        starts = [section.start for section in found]
+        note = note.model_copy(update={"sections": sections_of(note.text)})
         text = Text(note.text)
         spans = self.finder(text)
-        for span in spans:
-            place = bisect.bisect_right(starts, span.start) - 1
-            if place >= 0 and span.start < found[place].end:
-                span.section = found[place].label
         mentions = mentions_of(note, spans, text)
         for span, mention, (values, scores) in zip(spans, mentions, self.attributes(mentions), strict=True):
             span.attributes, span.cues = values, mention.cues
+            if mention.section:
+                span.section = mention.section
             if scores:
                 span.scores = scores
         relations: list[Relation] = []
         if spans:
             _dated(note, text, spans, relations)
             _measured(note, spans, relations)
-        return note.model_copy(update={"sections": found, "spans": spans, "relations": relations})
+        return note.model_copy(update={"spans": spans, "relations": relations})
 
 
 def _dated(note: Note, text: Text, spans: list[Span], relations: list[Relation]) -> None:

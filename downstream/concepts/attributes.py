@@ -22,8 +22,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold
 
+from downstream.concepts import sections
 from downstream.concepts.cues import DEFAULTS, Cues, decide
-from downstream.concepts.schema import Note, Span
+from downstream.concepts.schema import Note, Section, Span
 from downstream.concepts.words import Text, windows
 from downstream.metrics import Floats
 
@@ -42,23 +43,38 @@ class Mention(NamedTuple):
     features: dict[str, float]
     rules: dict[str, str]
     cues: dict[str, tuple[int, int]]
+    section: str | None
 
 
 def mentions_of(note: Note, spans: Sequence[Span] | None = None, text: Text | None = None) -> list[Mention]:
-    """The features of the spans of a note (all, if none are given), in their order."""
+    """The features of the spans of a note (all, if none are given), in their order. A span that does not say in which
+    section it is is looked up, so that what is learned from and what is read are seen alike.
+    """
     text = text or Text(note.text)
     cues = Cues(text)
-    return [_mention(note, text, cues, span) for span in (note.spans if spans is None else spans)]
+    found = note.sections or sections_of(note.text)
+    starts = [section.start for section in found]
+    mentions = []
+    for span in note.spans if spans is None else spans:
+        place = bisect.bisect_right(starts, span.start) - 1
+        within = found[place].label if place >= 0 and span.start < found[place].end else None
+        mentions.append(_mention(note, text, cues, span, span.section or within))
+    return mentions
 
 
-def _mention(note: Note, text: Text, cues: Cues, span: Span) -> Mention:
+def sections_of(text: str) -> list[Section]:
+    """The sections of a text by its headings."""
+    return [Section(**section._asdict()) for section in sections.find(text)]
+
+
+def _mention(note: Note, text: Text, cues: Cues, span: Span, section: str | None) -> Mention:
     first, last = text.span_of(span.start, span.end)
     if first >= last:  # blanks only
-        return Mention({}, dict(DEFAULTS), {})
+        return Mention({}, dict(DEFAULTS), {}, section)
     hits = cues.of(first, last)
-    rules = decide(hits, span.section)
+    rules = decide(hits, section)
     # Its label is no feature: in some corpora (MACCROBAT's History) that is the answer.
-    found: dict[str, float] = {f"section={span.section}": WORD}
+    found: dict[str, float] = {f"section={section}": WORD}
     left, right = windows(text, first, last, LEFT)[0], windows(text, first, last, RIGHT)[1]
     for side, words in (("l", left), ("r", right)):
         for i, word in enumerate(words):
@@ -94,7 +110,7 @@ def _mention(note: Note, text: Text, cues: Cues, span: Span) -> Mention:
         if value != default:
             found[f"rule:{axis}"] = RULE / 2
     told = {axis: (hits[axis][0].start, hits[axis][0].end) for axis in DEFAULTS if hits.get(axis)}
-    return Mention(found, rules, told)
+    return Mention(found, rules, told, section)
 
 
 def matrix(mentions: Iterable[Mention]) -> sparse.csr_matrix:

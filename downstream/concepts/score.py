@@ -8,6 +8,7 @@ of two annotators, and agreement is Cohen's (1960) kappa.
 
 from __future__ import annotations
 
+import bisect
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -80,8 +81,11 @@ def paired(gold: dict[str, Note], predicted: dict[str, Note], gold_url: str, pre
             )
         text = Text(note.text)
         ordered = sorted(other.spans, key=lambda span: span.start)
+        starts = [span.start for span in ordered]
+        longest = max((span.end - span.start for span in ordered), default=0)
         for span in note.spans:
-            match = _best(span, ordered)
+            near = slice(bisect.bisect_right(starts, span.start - longest), bisect.bisect_left(starts, span.end))
+            match = _best(span, ordered[near])
             first, last = text.span_of(span.start, span.end)
             sentence = text.sentence(first)[0] if first < last else -1
             pairs.append(Pair(name, sentence, span.attributes, match.attributes if match else {}, match is not None))

@@ -199,6 +199,15 @@ def test_a_missing_attribute_is_not_learned_as_its_default() -> None:
     assert again(mentions) == learned(mentions)
 
 
+def test_a_reader_learns_from_sections_as_it_reads_them() -> None:
+    heading = "FAMILY HISTORY: "
+    [learned] = mentions_of(Note(doc_id="n", text=heading + "fever", spans=[Span(id="T1", start=16, end=21)]))
+    read = annotate.Annotator(Finder([Concept(name="f", names=("fever",))]), Attributes({}))
+    [span] = read(Note(doc_id="n", text=heading + "fever")).spans
+    assert learned.section == span.section == "family_history"
+    assert learned.rules == span.attributes
+
+
 def gold(**changes: Any) -> dict[str, Any]:
     span = {"id": "T1", "start": 0, "end": 5, "text": "fever", "attributes": {"negation": "negated"}}
     return {"doc_id": "n1", "text": "fever no", "spans": [span | changes]}
@@ -287,6 +296,8 @@ def test_ten_thousand_mentions_in_one_note() -> None:
     note = annotate.Annotator(finder, Attributes({}))(Note(doc_id="n", text=text))
     assert len(note.spans) == 12_000
     assert not schema.problem(note)
+    pairs = score.paired({"n": note}, {"n": note}, "gold", "said")  # finds its own among thousands, quickly
+    assert all(pair.gold == pair.said for pair in pairs)
     assert {span.attributes["negation"] for span in note.spans if span.concept == "fever"} == {"negated"}
 
 
