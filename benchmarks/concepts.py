@@ -36,6 +36,7 @@ from downstream.concepts.annotate import Annotator  # noqa: E402
 from downstream.concepts.attributes import Attribute, Attributes, Mention, matrix, mentions_of  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
 from downstream.concepts.schema import Note, Span  # noqa: E402
+from downstream.concepts.tagger import SectionTagger  # noqa: E402
 from downstream.concepts.words import Text, windows  # noqa: E402
 
 FINDINGS = {"Sign_symptom", "Disease_disorder"}
@@ -173,7 +174,7 @@ def of_sections(data: Path) -> dict[str, float]:
             known += sum(found.get(end, "other") != "other" for end in ends)
             count += len(ends)
     train, valid = (list(_csv(data / f"mts_dialog/MTS-Dialog-{name}Set.csv")) for name in ("Training", "Validation"))
-    tagger = sections.SectionTagger().fit([r["section_text"] for r in train], [r["section_header"] for r in train])
+    tagger = SectionTagger().fit([r["section_text"] for r in train], [r["section_header"] for r in train])
     said = tagger.predict([row["section_text"] for row in valid])
     right = [label == row["section_header"] for (label, _), row in zip(said, valid, strict=True)]
     print(

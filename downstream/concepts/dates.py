@@ -10,59 +10,22 @@ its length. A phrase that no rule spells out is not a date: there is no rule tha
 
 from __future__ import annotations
 
-import calendar
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date, timedelta
 from typing import NamedTuple
 
+from downstream.concepts.date_words import MONTHS, SEASONS, UNITS, WEEKDAYS, amount, expanded, number_of, shift
+
 Interval = tuple[date, date]
 Resolved = tuple[date, date, str]
 DAY = timedelta(days=1)
 APPROXIMATE = "approximate"
 
-_ONES = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-_ONES += " eighteen nineteen twenty thirty forty fifty sixty"
-_NTHS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
-_NUMBERS = dict(zip(_ONES.split(), [*range(1, 21), 30, 40, 50, 60], strict=True))
-_NUMBERS |= {word: place for place, word in enumerate(_NTHS.split(), 1)}
-_VAGUE = {"couple": (2.0, 3.0), "few": (2.0, 5.0), "several": (3.0, 7.0)}
-_MONTHS = {name.lower(): place for place, name in enumerate(calendar.month_abbr) if name}
-_SEASONS = {"spring": 3, "summer": 6, "autumn": 9, "fall": 9, "winter": 12}  # first month, northern hemisphere
-_THIRDS = {"early": 0, "beginning": 0, "start": 0, "mid": 1, "middle": 1, "late": 2, "end": 2}
-_UNITS = {"y": "year", "m": "month", "w": "week", "d": "day", "h": "hour"}
 _WIDTHS = {"week": 3, "month": 15, "year": 182}  # half a unit: what "two weeks ago" leaves open on each side
-_WEEKDAYS = [name.lower() for name in calendar.day_name]
+_THIRDS = {"early": 0, "beginning": 0, "start": 0, "mid": 1, "middle": 1, "late": 2, "end": 2}
 _EVENTS = {"adm": "admission", "hos": "admission", "pre": "admission", "sur": "surgery", "ope": "surgery"}
-
-_PIECES = {
-    "WORD": f"(?:{'|'.join(_ONES.split())})(?:[\\s-](?:{'|'.join(_ONES.split()[:9])}))?",
-    "NUM": r"(?:\d{1,3}(?:\.\d{1,2})?½?|½|@WORD|half\san?|an?\scouple\sof|an?\sfew|few|several|an?)",
-    "AMOUNT": r"(?P<length>@NUM(?:,?\s?(?:,|and|to|or|–|-)\s?(?:a\shalf|@NUM)){0,4})",
-    "LENGTH": r"@AMOUNT(?:(?<=[\d½])|(?<=\w)[\s-])[\s-]{0,2}"
-    r"(?P<unit>(?:years?|yrs?|months?|mos?|weeks?|wks?|days?|hours?|hrs?|[hd])(?![a-z]))",
-    "MANY": r"(?P<many>year|month|week|decade)",
-    "MONTH": r"(?P<month>(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
-    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)(?![a-z]))\.?",
-    "YEAR": r"(?P<year>(?:19|20|21)\d\d)(?!\d)",
-    "SHORT": r"(?P<year>(?:19|20|21)?\d\d)(?!\d)",
-    "DAY": r"(?P<day>[0-3]?\d)(?:st|nd|rd|th)?(?!\d)",
-    "MD": r"(?P<month>[01]?\d)[/-](?P<day>[0-3]?\d)",
-    "PART": r"(?P<part>early|mid|middle|late|beginning|start|end)(?:\s(?:of|in))?(?:\sthe)?[\s-]{1,2}",
-    "NTH": rf"(?P<nth>\d{{1,3}}(?:st|nd|rd|th)|{_NTHS.replace(' ', '|')})",
-    "EVENT": r"(?P<event>admission|hospitali[sz]ation|presentation|discharge|surgery|operation|procedure|treatment"
-    r"|therapy|radiotherapy|chemotherapy|onset|diagnosis|recovery|visit)(?![a-z])",
-    "TAIL": r"(?:\s(?:[\w-]{1,20}\s){0,3}?(?:\w{1,8}-)?@EVENT(?:\swas\sstarted|\sof(?:\s\w{1,20}){1,2})?)?",
-    "AFTER": r"(?:later|after(?:wards?)?|following|thereafter|from|post[\w-]{0,12}|follow-?up)",
-    "BEFORE": r"(?P<before>prior?|before(?:hand)?|earlier|previously|preceding)",
-    "SAID": r"(?:(?<=\bon\s)|(?<=\bin\s)|(?<=\bof\s)|(?<=\bsince\s)|(?<=\bfrom\s)|(?<=\buntil\s))",
-    "SEASON": f"(?P<season>{'|'.join(_SEASONS)})",
-    "WEEKDAY": f"(?P<unit>{'|'.join(_WEEKDAYS)})",
-    "TIME": "(?:morning|afternoon|evening|night)",
-    # 2,000 mL, 2010 cells and 2015/min are no years
-    "UNCOUNTED": r"(?!\s?(?:m?mol|[mµμnpk]?g|[mdµμ]?l|cc|k?cal|cells?|units?|iu|mm|cm|hz|db)\b)(?!\s?[%/×+]|[.,:-]\d)",
-}
 _LEAD = re.compile(
     r"(?:(?:in|on|at|by|since|from|until|till|during|around|about|near|for|over|the|only|more than)\s+){1,3}", re.I
 )
@@ -107,38 +70,10 @@ Groups = defaultdict[str, str]  # named groups of a match, lower case, "" for wh
 Meaning = Callable[[Groups, _Known], Resolved | None]
 
 
-def _amount(text: str) -> tuple[float, float]:
-    """The least and the most of "3", "a few", "two and a half", "1, 3 and 6"; "" is one."""
-    for word, span in _VAGUE.items():
-        if word in text:
-            return span
-    if re.fullmatch(r"½|half\san?", text):
-        return 0.5, 0.5
-    half = 0.5 if re.search(r"½|and\sa\shalf", text) else 0.0
-    said = re.findall(_expanded(r"\d{1,3}(?:\.\d{1,2})?|@WORD|\ban?\b"), re.sub(r"½|and\sa\shalf", "", text))
-    numbers = [half + _number(word) for word in said] or [1.0]
-    return min(numbers), max(numbers)
-
-
-def _number(word: str) -> float:
-    if digits := re.match(r"\d+(?:\.\d+)?", word):
-        return float(digits[0])
-    return float(sum(_NUMBERS.get(part, 1) for part in re.split(r"[\s-]", word)))
-
-
-def _shift(day: date, count: float, unit: str) -> date:
-    if unit in ("day", "week", "hour"):
-        return day + timedelta(days=round(count * {"day": 1, "week": 7, "hour": 1 / 24}[unit]))
-    whole = count * {"month": 1, "year": 12, "decade": 120}[unit]
-    year, month = divmod(day.year * 12 + day.month - 1 + int(whole // 1), 12)
-    moved = date(year, month + 1, min(day.day, calendar.monthrange(year, month + 1)[1]))
-    return moved + timedelta(days=round(whole % 1 * 30))
-
-
 def _moved(base: Interval, length: str, unit: str, sign: int) -> Interval:
-    least, most = _amount(length)[::sign]
+    least, most = amount(length)[::sign]
     wide = timedelta(days=_WIDTHS.get(unit, 0) if least == most >= 1 else 0)
-    return _shift(base[0], sign * least, unit) - wide, _shift(base[1], sign * most, unit) + wide
+    return shift(base[0], sign * least, unit) - wide, shift(base[1], sign * most, unit) + wide
 
 
 def _third(first: date, after: date, part: str) -> Interval:
@@ -147,7 +82,7 @@ def _third(first: date, after: date, part: str) -> Interval:
     if place is None:
         return first, after - DAY
     size, unit = (days // 365 * 4, "month") if days >= 365 else (days / 3, "day")
-    start, end = (_shift(first, int(size * count), unit) for count in (place, place + 1))
+    start, end = (shift(first, int(size * count), unit) for count in (place, place + 1))
     return start, end - DAY
 
 
@@ -161,14 +96,14 @@ def _calendar(said: Groups, known: _Known) -> Resolved | None:
         year = str(now - (now - int(year)) % 100)
     if not month:
         return *_third(date(int(year), 1, 1), date(int(year) + 1, 1, 1), said["part"]), "year"
-    number, spans = int(month) if month.isdigit() else _MONTHS[month[:3]], []
+    number, spans = int(month) if month.isdigit() else MONTHS[month[:3]], []
     for of in (int(year),) if year else range((now or 0) - 8, (now or 0) + 1):  # 29 February: up to eight years back
         try:
             first = date(of, number, int(day or 1))
         except ValueError:
             continue
         if year or (known.note and first <= known.note):
-            spans.append((first, first + DAY if day else _shift(first, 1, "month")))
+            spans.append((first, first + DAY if day else shift(first, 1, "month")))
     return (*_third(*spans[-1], said["part"]), "day" if day else "month") if spans else None
 
 
@@ -188,12 +123,12 @@ def _season(said: Groups, known: _Known) -> Resolved | None:
         return None
     now = known.note.year if known.note else 0
     years = [int(said["year"])] if said["year"] else [now + step for step in range(-2, 2)]
-    starts = [date(year, _SEASONS[said["season"]], 1) for year in years]
+    starts = [date(year, SEASONS[said["season"]], 1) for year in years]
     if known.note and not said["year"]:
         ended = 3 if said["which"] == "last" else 0  # "last summer" is over, "this summer" has begun
-        before = [start for start in starts if _shift(start, ended, "month") <= known.note]
+        before = [start for start in starts if shift(start, ended, "month") <= known.note]
         starts = [starts[len(before)]] if said["which"] == "next" else before
-    return *_third(starts[-1], _shift(starts[-1], 3, "month"), ""), "season"
+    return *_third(starts[-1], shift(starts[-1], 3, "month"), ""), "season"
 
 
 def _near(said: Groups, known: _Known) -> Resolved | None:
@@ -202,13 +137,13 @@ def _near(said: Groups, known: _Known) -> Resolved | None:
         return None
     unit = said["unit"]
     step = {"next": 1, "last": -1, "previous": -1}.get(said["which"], 0)
-    if unit in _WEEKDAYS:
-        behind = (note.weekday() - _WEEKDAYS.index(unit)) % 7
+    if unit in WEEKDAYS:
+        behind = (note.weekday() - WEEKDAYS.index(unit)) % 7
         day = note + (7 - behind if step > 0 else -7 if step < 0 and not behind else -behind) * DAY
         return day, day, "day"
     years = note.year // 10 * 10 if unit == "decade" else note.year
     first = {"week": note - note.weekday() * DAY, "month": note.replace(day=1)}.get(unit, date(years, 1, 1))
-    return _shift(first, step, unit), _shift(first, step + 1, unit) - DAY, unit
+    return shift(first, step, unit), shift(first, step + 1, unit) - DAY, unit
 
 
 def _spoken(step: int) -> Meaning:
@@ -216,16 +151,16 @@ def _spoken(step: int) -> Meaning:
 
 
 def _ago(said: Groups, known: _Known) -> Resolved | None:
-    unit, length = _UNITS[(said["unit"] or said["many"])[0]], said["length"] if said["unit"] else "2 to 11"
+    unit, length = UNITS[(said["unit"] or said["many"])[0]], said["length"] if said["unit"] else "2 to 11"
     if known.note is None:
         return None
-    least, most = _amount(length)
+    least, most = amount(length)
     return *_moved((known.note, known.note), length, unit, -1), unit if least == most else APPROXIMATE
 
 
 def _past(said: Groups, known: _Known) -> Resolved | None:
-    unit = said["many"] or _UNITS[said["unit"][0]]
-    return (_shift(known.note, -_amount(said["length"])[1], unit), known.note, APPROXIMATE) if known.note else None
+    unit = said["many"] or UNITS[said["unit"][0]]
+    return (shift(known.note, -amount(said["length"])[1], unit), known.note, APPROXIMATE) if known.note else None
 
 
 def _relative(said: Groups, known: _Known) -> Resolved | None:
@@ -234,11 +169,11 @@ def _relative(said: Groups, known: _Known) -> Resolved | None:
         return None
     base, named = origin
     many, within, sign = said["many"], said["within"], -1 if said["before"] else 1
-    unit = _UNITS[(many or said["unit"])[0]]
+    unit = UNITS[(many or said["unit"])[0]]
     first, last = _moved(base, "2 to 11" if many and many.endswith("s") else said["length"], unit, sign)
     if within:
-        bound = _amount(said["length"])[1] * sign
-        first, last = sorted((base[0] if sign > 0 else base[1], _shift(base[1] if sign > 0 else base[0], bound, unit)))
+        bound = amount(said["length"])[1] * sign
+        first, last = sorted((base[0] if sign > 0 else base[1], shift(base[1] if sign > 0 else base[0], bound, unit)))
     return first, last, unit if named and not within and base[0] == base[1] else APPROXIMATE
 
 
@@ -247,13 +182,13 @@ def _beside(said: Groups, known: _Known) -> Resolved | None:
     if (origin := known.origin(said["event"])) is None:
         return None
     step = {"same": 0, "prior": -1, "previous": -1}.get(said["which"], 1)
-    unit = _UNITS.get(said["unit"][0], "day") if said["unit"] != "morning" else "day"
-    return _shift(origin[0][0], step, unit), _shift(origin[0][1], step, unit), "day" if origin[1] else APPROXIMATE
+    unit = UNITS.get(said["unit"][0], "day") if said["unit"] != "morning" else "day"
+    return shift(origin[0][0], step, unit), shift(origin[0][1], step, unit), "day" if origin[1] else APPROXIMATE
 
 
 def _counted(said: Groups, known: _Known) -> Resolved | None:
     """Day or week n of a stay or a treatment (its first is 1), or after an operation (its day is 0)."""
-    kind, week, number = said["kind"], "w" in said["unit"], int(_number(said["nth"]))
+    kind, week, number = said["kind"], "w" in said["unit"], int(number_of(said["nth"]))
     event = {"p": "surgery", "h": "hospitalization"}.get(kind[:1], said["event"])
     if (origin := known.origin(event)) is None:
         return None
@@ -267,20 +202,14 @@ def _counted(said: Groups, known: _Known) -> Resolved | None:
 def _age(said: Groups, known: _Known) -> Resolved | None:
     if known.anchors.birth is None:
         return None
-    least, most = _amount(said["length"])
-    unit = _UNITS[(said["unit"] or "y")[0]]
-    return _shift(known.anchors.birth, least, unit), _shift(known.anchors.birth, int(most) + 1, unit) - DAY, unit
+    least, most = amount(said["length"])
+    unit = UNITS[(said["unit"] or "y")[0]]
+    return shift(known.anchors.birth, least, unit), shift(known.anchors.birth, int(most) + 1, unit) - DAY, unit
 
 
 def _event(said: Groups, known: _Known) -> Resolved | None:
     origin = known.origin(said["event"])
     return (*origin[0], "day" if origin[1] else APPROXIMATE) if origin else None
-
-
-def _expanded(pattern: str) -> str:
-    while "@" in pattern:
-        pattern = re.sub(r"@([A-Z]+)", lambda piece: _PIECES[piece[1]], pattern)
-    return pattern
 
 
 _ABSOLUTE = (_calendar, _range, _decade, _season)  # what "3 days later" may count from
@@ -293,7 +222,7 @@ class _Rule(NamedTuple):
 
 
 def _rule(pattern: str, meaning: Meaning, how: str = "") -> _Rule:
-    compiled = re.compile(rf"(?<![\w/.,-]){_expanded(pattern)}(?!\w)", re.I)
+    compiled = re.compile(rf"(?<![\w/.,-]){expanded(pattern)}(?!\w)", re.I)
     return _Rule(compiled, meaning, how != "alone")
 
 
@@ -353,7 +282,7 @@ _RULES = (
     _rule(r"@LENGTH", _relative, "alone"),
 )
 _BRACKETS = re.compile(r"\[\*\*([^\]\n]{0,80})\*\*\]")
-_BRACKETED = [re.compile(_expanded(form)) for form in ("@YEAR-@MD", "@MD", "@YEAR", r"(?P<month>\d\d?)-?/@YEAR")]
+_BRACKETED = [re.compile(expanded(form)) for form in ("@YEAR-@MD", "@MD", "@YEAR", r"(?P<month>\d\d?)-?/@YEAR")]
 _AGED = re.compile(r"(?<!\w)(\d{1,3})[\s-]?(?:years?|yrs?|yo?)(?:[\s-]?old|/o|(?<=yo))(?!\w)", re.I)
 
 
@@ -404,7 +333,7 @@ def birth_of(text: str, note_date: date | None) -> date | None:
     aged = _AGED.search(text)
     if not aged or not note_date or int(aged[1]) >= min(130, note_date.year - 1):
         return None
-    return _shift(note_date, -int(aged[1]) - 0.5, "year")
+    return shift(note_date, -int(aged[1]) - 0.5, "year")
 
 
 def _bracketed(inside: str, known: _Known) -> Resolved | None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downstream.concepts import sections
-from downstream.concepts.sections import SectionSpan, SectionTagger, find, label_of, labels, tag
+from downstream.concepts.sections import SectionSpan, find, label_of, labels
+from downstream.concepts.tagger import SectionTagger, tag
 
 
 def told(text: str) -> list[tuple[str, str]]:
