@@ -174,11 +174,10 @@ class Saver:
             self.stalled += time.monotonic() - begun
 
     def begin(self, state: TrainState) -> None:
-        """Copies what belongs to `state` and starts writing it. Waits for the save before, where it is still written.
-        A collective.
+        """Copies what belongs to `state` and starts writing it. Waits until the save before stands on every worker: the
+        first one clears away whatever lies beyond the step it closes. A collective.
         """
-        if self._writing is not None:
-            self.finish()
+        self.finish()
         with self._stalling():
             engine, workers = self.engine, self.engine.workers
             mine: dict[str, Tensor] = {}

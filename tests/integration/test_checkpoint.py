@@ -276,6 +276,25 @@ def test_storage_that_stalls_stops_the_run_and_the_last_good_checkpoint_stays(tm
     assert checkpoint.newest_step(str(tmp_path)) == 4
 
 
+def with_slow_retirement(run: str, corpus: str) -> None:
+    import time
+
+    retire = checkpoint.retire
+
+    def late(*args: Any) -> None:
+        time.sleep(1)
+        retire(*args)
+
+    checkpoint.retire = late
+    train_some(run, corpus, {})
+
+
+def test_a_save_waits_until_the_one_before_has_cleared_away(tmp_path: Path, corpus: str) -> None:
+    """Or the first worker, late in closing step 4, would take what the second has written of step 8 for a leftover."""
+    run_on_ranks(2, with_slow_retirement, str(tmp_path), corpus)
+    assert [checkpoint.verify(checkpoint.folder_of(str(tmp_path), step)) for step in (4, 8, 12)] == [None] * 3
+
+
 def test_two_corpora_side_by_side(tmp_path: Path, corpus: str) -> None:
     """A mixture goes on with another number of workers; its corpora must share a tokenizer."""
     import shutil
