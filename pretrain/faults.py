@@ -45,6 +45,7 @@ class Notice:
         before = signal.signal(signal.SIGTERM, self._told) if main else None
         watcher = threading.Thread(target=self._watch, daemon=True)
         if self._look:
+            self._see()
             watcher.start()
         try:
             yield self
@@ -60,8 +61,11 @@ class Notice:
 
     def _watch(self) -> None:
         while not self._over.wait(LOOKS_EVERY_SECONDS):
-            with contextlib.suppress(StorageError):  # a save will tell
-                self.stop = self.stop or storage.exists(storage.join(self._run, STOP))
+            self._see()
+
+    def _see(self) -> None:
+        with contextlib.suppress(StorageError):  # a save will tell
+            self.stop = self.stop or storage.exists(storage.join(self._run, STOP))
 
     def due(self) -> bool:
         """Whether it is time for all workers to ask their cluster (`warned`)."""

@@ -93,7 +93,6 @@ def train(recipe: TrainRecipe, warned: Callable[[], bool] | None = None) -> None
         with contextlib.ExitStack() as stack:
             if workers.first:
                 stack.enter_context(run_directory.held(recipe.run_dir))
-                faults.forget_stop(recipe.run_dir)
             notice = stack.enter_context(faults.Notice(recipe.run_dir, workers.first, warned).listening())
             Training(recipe, workers, notice, stack).run()
     finally:
@@ -112,6 +111,8 @@ def main(args: list[str]) -> None:
     """Verb `pretrain`."""
     recipe = config.absolute(config.load(TrainRecipe, args))
     if "RANK" in os.environ:  # torchrun, Slurm: somebody else started the workers
+        if os.environ["RANK"] == "0":
+            faults.forget_stop(recipe.run_dir)
         train(recipe)
         if os.environ["RANK"] == "0":
             plot.draw_losses([recipe.run_dir])
@@ -144,12 +145,13 @@ def main(args: list[str]) -> None:
 
 
 def _start(recipe: TrainRecipe) -> None:
+    # Here and not in the workers: the wish to stop may come while they start.
+    faults.forget_stop(recipe.run_dir)
     if recipe.cluster.most == 0:
         train(recipe)
         return
     from cluster import ray_runtime  # not needed, and perhaps not installed, where there is torchrun
 
-    faults.forget_stop(recipe.run_dir)
     ray_runtime.start(recipe.cluster.most)
     before = signal.signal(signal.SIGTERM, lambda *_: faults.ask_to_stop(recipe.run_dir))  # workers get no signals
     try:

@@ -11,7 +11,7 @@ from ranks import run_on_ranks
 
 from cluster import config, storage, tracking
 from cluster.errors import ConfigError, StorageError, TrainingError
-from pretrain import checkpoint, train
+from pretrain import checkpoint, faults, train
 from pretrain.run import hashed, known_patients, load_trained
 from pretrain.train import TrainRecipe
 
@@ -293,6 +293,21 @@ def test_a_save_waits_until_the_one_before_has_cleared_away(tmp_path: Path, corp
     """Or the first worker, late in closing step 4, would take what the second has written of step 8 for a leftover."""
     run_on_ranks(2, with_slow_retirement, str(tmp_path), corpus)
     assert [checkpoint.verify(checkpoint.folder_of(str(tmp_path), step)) for step in (4, 8, 12)] == [None] * 3
+
+
+def as_ray_starts_it(run: str, corpus: str) -> None:
+    torch.set_num_threads(1)
+    train.entry(recipe(Path(run), corpus).model_dump(mode="json", exclude_none=True))
+
+
+def test_a_wish_to_stop_that_comes_while_workers_start_is_heard(tmp_path: Path, corpus: str) -> None:
+    """The driver takes back an old wish before it starts workers; they must not take back a new one."""
+    faults.ask_to_stop(str(tmp_path))
+    run_on_ranks(1, as_ray_starts_it, str(tmp_path), corpus)
+    assert checkpoint.newest_step(str(tmp_path)) == 1
+    place = tmp_path / "recipe.toml"
+    run_on_ranks(1, train.main, [str(place)])
+    assert checkpoint.newest_step(str(tmp_path)) == 12
 
 
 def test_two_corpora_side_by_side(tmp_path: Path, corpus: str) -> None:
