@@ -27,17 +27,21 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 sys.path.append(BESIDE)
 
 import numpy as np  # noqa: E402
-from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold  # noqa: E402
+from sklearn.model_selection import GroupKFold  # noqa: E402
 
-from downstream.concepts import dates, labs, schema, score, sections  # noqa: E402
+from downstream.concepts import dates, labs, schema, sections  # noqa: E402
 from downstream.concepts.annotate import Annotator  # noqa: E402
-from downstream.concepts.attributes import Attribute, Attributes, Mention, matrix, mentions_of  # noqa: E402
+from downstream.concepts.attributes import Attribute, Attributes, Examples  # noqa: E402
+from downstream.concepts.cues import DEFAULTS  # noqa: E402
+from downstream.concepts.evaluate import out_of_fold, scored  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
-from downstream.concepts.schema import Note, Span  # noqa: E402
+from downstream.concepts.reader import Reader  # noqa: E402
+from downstream.concepts.schema import Note  # noqa: E402
+from downstream.concepts.states import States  # noqa: E402
 from downstream.concepts.tagger import SectionTagger  # noqa: E402
-from downstream.concepts.words import Text, windows  # noqa: E402
+from downstream.concepts.words import Text  # noqa: E402
+from pretrain.run import load_trained  # noqa: E402
 
 FINDINGS = {"Sign_symptom", "Disease_disorder"}
 EVENTS = FINDINGS | {"Diagnostic_procedure", "Medication", "Therapeutic_procedure", "Clinical_event"}
@@ -46,29 +50,20 @@ FEW, DRAWS = 200, 5
 
 
 class Corpus(NamedTuple):
-    """The spans of a corpus, flat."""
+    """The spans of a corpus, flat, and in which sentence each is."""
 
-    mentions: list[Mention]
-    spans: list[Span]
-    documents: np.ndarray
+    examples: Examples
     sentences: list[tuple[str, int]]
-    texts: list[str]  # the words on either side, marked by side
 
     @classmethod
-    def of(cls, notes: list[Note]) -> Corpus:
+    def of(cls, notes: list[Note], states: States | None) -> Corpus:
         """All spans of the notes."""
-        found = cls([], [], np.array([note.doc_id for note in notes for _ in note.spans]), [], [])
+        sentences = []
         for note in notes:
             text = Text(note.text)
-            found.mentions.extend(mentions_of(note, None, text))
             for span in note.spans:
-                first, last = text.span_of(span.start, span.end)
-                left, right = windows(text, first, last, 12)
-                found.spans.append(span)
-                found.sentences.append((note.doc_id, text.sentence(first)[0]))
-                words = [*(f"l_{w}" for w in left[::-1]), *(f"c_{w}" for w in text.lower[first:last])]
-                found.texts.append(" ".join([*words, *(f"r_{w}" for w in right)]))
-        return found
+                sentences.append((note.doc_id, text.sentence(text.span_of(span.start, span.end)[0])[0]))
+        return cls(Examples.of(notes, states), sentences)
 
 
 class Said(NamedTuple):
@@ -81,26 +76,19 @@ class Said(NamedTuple):
 
 
 def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few: int = 0, seed: int = 0) -> Said:
-    """Five folds by document; with `few` so many mentions of the other folds are learned from."""
-    rows = np.array([i for i, span in enumerate(corpus.spans) if labels is None or span.label in labels])
-    truth = np.array([corpus.spans[i].attributes.get(axis) == value for i in rows])
-    documents = corpus.documents[rows]
-    features = matrix(corpus.mentions[i] for i in rows)
-    texts = np.array([corpus.texts[i] for i in rows])
-    said = {name: np.zeros(len(rows), bool) for name in ("reader", "words")}
-    said["rules"] = np.array([corpus.mentions[i].rules[axis] == value for i in rows])
-    for learned, held in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(truth, truth, documents):
-        if few:
-            learned = np.sort(np.random.default_rng(seed).permutation(learned)[:few])
-        names = np.where(truth[learned], "1", "0").tolist()
-        ours = Attribute.fit(features[learned], names, documents[learned].tolist())
-        logs_NK = np.log(np.maximum(ours.probabilities(features[held]), 1e-9)) + ours.offsets_K
-        said["reader"][held] = logs_NK.argmax(1) == 1
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
-        one = LogisticRegression(C=10, class_weight="balanced" if few else None, solver="liblinear")
-        one.fit(words.fit_transform(texts[learned]), truth[learned])
-        said["words"][held] = one.predict(words.transform(texts[held]))
-    return Said(truth, said, documents.tolist(), rows)
+    """Five folds by document; with `few` so many mentions of the other folds are learned from. Where an attribute is
+    not annotated it counts as usual: MACCROBAT marks only what is not.
+    """
+    every = corpus.examples
+    rows = np.array([i for i, span in enumerate(every.spans) if labels is None or span.label in labels])
+    chosen = every.rows(rows)
+    truth = np.array([span.attributes.get(axis) == value for span in chosen.spans])
+    told = [
+        span.model_copy(update={"attributes": {axis: value if true else DEFAULTS[axis]}})
+        for span, true in zip(chosen.spans, truth, strict=True)
+    ]
+    said = out_of_fold(chosen._replace(spans=told), axis, chosen.documents, 5, seed, few)
+    return Said(truth, {name: one == value for name, one in said.items()}, chosen.documents.tolist(), rows)
 
 
 def f1(truth: np.ndarray, said: np.ndarray) -> float:
@@ -111,11 +99,11 @@ def f1(truth: np.ndarray, said: np.ndarray) -> float:
 def show(title: str, found: Said) -> float:
     """Prints every system's row; the reader's F1 in percent."""
     print(f"\n{title}: {found.truth.sum():,} of {len(found.truth):,} mentions")
-    for name, said in found.systems.items():
-        one = score.prf(found.truth, said, found.documents)
+    for name, one in scored(found.truth, found.systems, found.documents).items():
+        gain = "  reader {:+.1f} [{:.1f}, {:.1f}]".format(*(100 * part for part in one.get("reader_gain", (0, 0, 0))))
         print(
             f"  {name:<8} P {100 * one['precision']:5.1f}  R {100 * one['recall']:5.1f}  F1 {100 * one['f1']:5.1f} "
-            f"[{100 * one['f1_low']:.1f}, {100 * one['f1_high']:.1f}]"
+            f"[{100 * one['f1_low']:.1f}, {100 * one['f1_high']:.1f}]{gain if name != 'reader' else ''}"
         )
     return round(f1(found.truth, found.systems["reader"]), 1)
 
@@ -143,21 +131,16 @@ def few_labels(corpus: Corpus) -> float:
     return round(means["reader"], 1)
 
 
-def transfer(negex: list[Note], maccrobat: list[Note]) -> None:
+def transfer(negex: Corpus, maccrobat: Corpus) -> None:
     """Learned on one corpus, tested on the other: what is lost."""
     print("\nnegation, learned on one corpus and tested on the other")
     for name, learned, tested in (("NegEx → MACCROBAT", negex, maccrobat), ("MACCROBAT → NegEx", maccrobat, negex)):
-        reader = Attributes.fit(learned)
-        truth, said, rules = [], [], []
-        for note in tested:
-            mentions = mentions_of(note)
-            for span, mention, (values, _) in zip(note.spans, mentions, reader(mentions), strict=True):
-                if "negation" in span.attributes:
-                    truth.append(span.attributes["negation"] == "negated")
-                    said.append(values["negation"] == "negated")
-                    rules.append(mention.rules["negation"] == "negated")
-        t, s, r = (np.array(one) for one in (truth, said, rules))
-        print(f"  {name}: F1 {f1(t, s):.1f}, rules {f1(t, r):.1f}")
+        known, asked = learned.examples.having("negation"), tested.examples.having("negation")
+        attribute = Attribute.fit(known, "negation")
+        truth = np.array([span.attributes["negation"] == "negated" for span in asked.spans])
+        said = np.array(attribute.classes)[attribute.chosen(asked)] == "negated"
+        rules = np.array([mention.rules["negation"] == "negated" for mention in asked.mentions])
+        print(f"  {name}: F1 {f1(truth, said):.1f}, rules {f1(truth, rules):.1f}")
 
 
 UPPER = re.compile(r"(?:^|,|\.  ?)[ ,]*([A-Z][A-Z0-9/&()'\-.#]*(?:, ?(?=AND )| ?[ /&\-] ?[A-Z0-9/&()'\-.#]+)*):", re.M)
@@ -242,7 +225,7 @@ def dates_resolved(notes: list[Note]) -> tuple[float, float]:
     return round(100 * aged / total, 1), round(100 * alone / total, 1)
 
 
-def seconds_a_note(notes: list[Note], reader: Attributes) -> float:
+def seconds_a_note(notes: list[Note], reader: Reader) -> float:
     """Median seconds for a note with 200 mentions, all attributes, sections, dates."""
     names = sorted({span.text.lower() for note in notes for span in note.spans if span.label in FINDINGS})
     finder = Finder([Concept(name=name, names=(name,)) for name in names])
@@ -270,11 +253,13 @@ def main() -> None:
     data = Path(os.environ["CHARTLM_DATA"])
     negex = list(schema.read(str(data / "concepts/negex.jsonl")))
     maccrobat = list(schema.read(str(data / "concepts/maccrobat2020.jsonl")))
+    runs = [word.partition("=")[2] for word in sys.argv[1:]]
+    states = States([load_trained(run) for run in runs]) if runs else None
     line: dict[str, Any] = {}
     line |= of_sections(data)
     line["lab_link_accuracy"] = lab_links(maccrobat)
     line["date_resolved"], line["date_resolved_without_age"] = dates_resolved(maccrobat)
-    small, large = Corpus.of(negex), Corpus.of(maccrobat)
+    small, large = Corpus.of(negex, states), Corpus.of(maccrobat, states)
     found = compared(small, "negation", "negated", None)
     line["negex_f1"] = show("NegEx, negated", found)
     line["mixed_accuracy"] = mixed(small, found)
@@ -287,8 +272,8 @@ def main() -> None:
         ("family", "experiencer", "family", FINDINGS | {"Family_history"}),
     ):
         line[f"maccrobat_{key}_f1"] = show(f"MACCROBAT, {value}", compared(large, axis, value, labels))
-    transfer(negex, maccrobat)
-    line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, Attributes.fit(negex))
+    transfer(small, large)
+    line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, Reader(Attributes.fit(small.examples), states))
     print(json.dumps(line))
 
 

@@ -26,7 +26,7 @@ class Verb:
     summary: str
     module: str | None = None
     function: str = "main"
-    recipe: str = ""  # its class in that module, where the verb can be a job
+    recipe: str = ""  # where the verb can be a job: the recipe's class in that module, or what gives it for the words
 
 
 VERBS = {
@@ -59,13 +59,13 @@ VERBS = {
         "finetune RECIPE [run=RUN]",
         "train and evaluate a clinical predictor",
         "downstream.finetune",
-        recipe="FinetuneRecipe",
+        recipe="recipe_of",
     ),
     "predict": Verb("predict OUT NOTES.csv", "a fine-tuned predictor on new notes, streamed", "downstream.predict"),
     "explain": Verb("explain OUT NOTE.txt", "where that predictor looks in a note, as a page", "downstream.explain"),
     "annotate": Verb(
         "annotate rules NOTES.csv concepts=FILE",
-        "mentions of concepts in notes and what is said of them; learn=GOLD.jsonl learns a reader",
+        "mentions of concepts in notes and what is said of them",
         "downstream.concepts.annotate",
     ),
     "view": Verb("view ANNOTATED.jsonl", "annotated notes as an HTML page", "downstream.concepts.view"),

@@ -59,6 +59,11 @@ def load(model: type[SectionT], args: Sequence[str], positional: str | None = "r
     The words with `=` are overrides. The one without is the TOML file if `positional` is "recipe", else the value
     of the key that `positional` names (`evaluate RUN` is `evaluate run=RUN`). Raises ConfigError.
     """
+    return validate(model, *given(args, positional))
+
+
+def given(args: Sequence[str], positional: str | None = "recipe") -> tuple[dict[str, Any], str]:
+    """What a command line says, unchecked, and where most of it stands. Raises ConfigError."""
     overrides = [word for word in args if "=" in word]
     places = [word for word in args if "=" not in word]
     if len(places) > (positional is not None):
@@ -72,7 +77,7 @@ def load(model: type[SectionT], args: Sequence[str], positional: str | None = "r
         values[positional] = places[0]
     for word in overrides:
         _override(values, word)
-    return validate(model, values, where)
+    return values, where
 
 
 def read_toml(url: str) -> dict[str, Any]:

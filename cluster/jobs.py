@@ -162,6 +162,8 @@ def _resolved(words: list[str]) -> tuple[list[str], bytes | None]:
         return [words[0], *(storage.absolute(w) if "=" not in w and storage.exists(w) else w for w in words[1:])], None
     assert verb.module is not None
     model = getattr(importlib.import_module(verb.module), verb.recipe)
+    if not isinstance(model, type):
+        model = model(words[1:])
     recipe = config.absolute(config.load(model, words[1:]))
     return [words[0], package.RECIPE], config.to_toml(recipe)
 

@@ -28,31 +28,40 @@ from typing import Any
 import numpy as np
 
 from cluster import config, logs, storage
-from cluster.errors import ConfigError
+from cluster.config import Section
 from downstream import baseline, folds, leakage, report
 from downstream.baseline import labels_of
 from downstream.calibration import calibrate
+from downstream.concepts import train as concepts
+from downstream.concepts.train import ConceptsRecipe
 from downstream.metrics import Floats
 from downstream.parts import stored, train_parts
 from downstream.work import (
-    RESULTS,
     FinetuneRecipe,
     Work,
     check_keys,
+    enter,
     fixed,
     lineage,
     lm_notes,
     open_models,
     prepare,
 )
-from pretrain.run import Trained
+
+
+def recipe_of(args: Sequence[str]) -> type[Section]:
+    """The class of the recipe that the words of the verb give, by `task.name`."""
+    task = config.given(args)[0].get("task")
+    return ConceptsRecipe if isinstance(task, dict) and task.get("name") == "concepts" else FinetuneRecipe
 
 
 def main(args: list[str]) -> None:
     """The verb."""
+    if recipe_of(args) is ConceptsRecipe:
+        return concepts.main(args)
     recipe = config.load(FinetuneRecipe, args)
     check_keys(recipe)
-    models = open_models(recipe)
+    models = open_models(recipe.run, recipe.backward)
     out = recipe.out or storage.join(recipe.run, "finetune", recipe.task.name)
     if not enter(out, recipe, models):
         logs.say(f"{out}: finished before with this recipe and checkpoint; nothing left to do")
@@ -61,27 +70,6 @@ def main(args: list[str]) -> None:
     audit(work)
     train_parts(work)
     report.write(work.out, gathered(work))
-
-
-def enter(out: str, recipe: FinetuneRecipe, models: Sequence[Trained]) -> bool:
-    """Begins the output folder, or goes back to it; False where it is finished.
-
-    Raises ConfigError where the folder belongs to another recipe or checkpoint.
-    """
-    identity: dict[str, Any] = {"recipe": fixed(recipe), "checkpoint": lineage(models[0])}
-    if len(models) > 1:
-        identity["backward"] = lineage(models[1])
-    place = storage.join(out, "run.json")
-    if storage.exists(place):
-        changed = config.differences(storage.read_json(place), identity)
-        if changed:
-            raise ConfigError(f"{out}: belongs to other settings ({'; '.join(changed[:3])}); choose another out=")
-        return not storage.exists(storage.join(out, RESULTS))
-    if storage.names(out):
-        raise ConfigError(f"{out}: is not empty and was not made by finetune; choose another out=")
-    storage.write_bytes(storage.join(out, "recipe.toml"), config.to_toml(recipe))
-    storage.write_json(place, identity)
-    return True
 
 
 def audit(work: Work) -> None:

@@ -78,7 +78,7 @@ def train_parts(work: Work) -> None:
 def _work(recipe_json: str, out: str) -> Work:
     """The work as a Ray process knows it, made once."""
     recipe = config.validate(FinetuneRecipe, json.loads(recipe_json), out)
-    return prepare(recipe, out, open_models(recipe))
+    return prepare(recipe, out, open_models(recipe.run, recipe.backward))
 
 
 def _part_task(recipe_json: str, out: str, part: Part) -> None:

@@ -65,7 +65,7 @@ class Predictor:
             raise ConfigError(f"{folder}: holds no finished classifier; run ./launch.sh finetune, or check the path")
         about = storage.read_json(results)
         self.recipe = config.validate(FinetuneRecipe, config.read_toml(storage.join(folder, "recipe.toml")), folder)
-        self.models: list[Trained] = open_models(self.recipe)
+        self.models: list[Trained] = open_models(self.recipe.run, self.recipe.backward)
         self.classes: tuple[str, ...] = tuple(about["classes"])
         self.several = bool(getattr(self.recipe.task, "several", False))
         for trained in self.models:

@@ -129,23 +129,40 @@ def check_keys(recipe: FinetuneRecipe) -> None:
         raise ConfigError("repeats: needs folds=5 (or another number)")
 
 
-def open_models(recipe: FinetuneRecipe) -> list[Trained]:
+def open_models(run: str, backward: str | None) -> list[Trained]:
     """The pretrained models, forward first. Raises ConfigError where a direction is not what the key says."""
-    models = [load_trained(recipe.run)]
-    if recipe.backward is not None:
-        models.append(load_trained(recipe.backward))
+    models = [load_trained(run)]
+    if backward is not None:
+        models.append(load_trained(backward))
         if models[0].backward or not models[1].backward:
-            raise ConfigError(
-                f"backward={recipe.backward}: run= must read forwards and backward= backwards (data.backward)"
-            )
+            raise ConfigError(f"backward={backward}: run= must read forwards and backward= backwards (data.backward)")
         if models[0].clean != models[1].clean:
-            raise ConfigError(
-                f"backward={recipe.backward}: its notes were cleaned otherwise than those of {recipe.run}"
-            )
+            raise ConfigError(f"backward={backward}: its notes were cleaned otherwise than those of {run}")
     return models
 
 
-def fixed(recipe: FinetuneRecipe) -> dict[str, Any]:
+def enter(out: str, recipe: Section, models: Sequence[Trained], about: Mapping[str, Any] | None = None) -> bool:
+    """Begins the output folder, or goes back to it; False where it is finished. `about`: what else it belongs to.
+
+    Raises ConfigError where the folder belongs to another recipe, checkpoint, or to something else.
+    """
+    identity: dict[str, Any] = {"recipe": fixed(recipe), **(about or {})}
+    for name, trained in zip(("checkpoint", "backward"), models, strict=False):
+        identity[name] = lineage(trained)
+    place = storage.join(out, "run.json")
+    if storage.exists(place):
+        changed = config.differences(storage.read_json(place), identity)
+        if changed:
+            raise ConfigError(f"{out}: belongs to other settings ({'; '.join(changed[:3])}); choose another out=")
+        return not storage.exists(storage.join(out, RESULTS))
+    if storage.names(out):
+        raise ConfigError(f"{out}: is not empty and was not made by finetune; choose another out=")
+    storage.write_bytes(storage.join(out, "recipe.toml"), config.to_toml(recipe))
+    storage.write_json(place, identity)
+    return True
+
+
+def fixed(recipe: Section) -> dict[str, Any]:
     """The keys that decide what is learned; the others may differ when a run goes on."""
     return {key: value for key, value in config.dump(recipe).items() if key not in FREE_KEYS}
 

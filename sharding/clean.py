@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,9 +89,34 @@ class Words:
 
 def clean(text: str, config: CleanConfig) -> str:
     """The text with class tokens for tags, `\\n` line ends, and single blanks inside lines only."""
-    words = clean_notes(pa.array([text], pa.string()), config)
-    joined = " ".join([words.vocabulary[place] for place in words.ids])
-    return re.sub(" ?\n ?", "\n", joined)
+    return _note(clean_notes(pa.array([text], pa.string()), config), 0)
+
+
+def cleaned_around(
+    text: str, spans: Sequence[tuple[int, int]], config: CleanConfig
+) -> tuple[str, list[tuple[int, int]]]:
+    """The cleaned text, and where in it the spans of `text` (in any order; they may overlap) lie."""
+    cuts = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    words = clean_notes(pa.array([text[a:b] for a, b in itertools.pairwise(cuts)], pa.string()), config)
+    parts: list[str] = []
+    length, last = 0, NEWLINE
+    first_at, end_at = {}, {0: 0}
+    for number, (cut, end) in enumerate(itertools.pairwise(cuts)):
+        part = _note(words, number)
+        blank = any(map(str.isspace, text[max(cut - 1, 0) : cut + 1]))
+        if part and blank and NEWLINE not in (last, part[0]):
+            part = f" {part}"
+        first_at[cut] = length + len(part) - len(part.lstrip(" \n"))
+        length += len(part)
+        end_at[end] = length
+        parts.append(part)
+        last = part[-1] if part else last
+    return "".join(parts), [(min(first_at[start], end_at[end]), end_at[end]) for start, end in spans]
+
+
+def _note(words: Words, number: int) -> str:
+    ids = words.ids[words.offsets[number] : words.offsets[number + 1]]
+    return re.sub(" ?\n ?", NEWLINE, " ".join([words.vocabulary[place] for place in ids]))
 
 
 def clean_notes(texts: pa.StringArray, config: CleanConfig) -> Words:

@@ -1,75 +1,62 @@
 """`./launch.sh annotate READER NOTES concepts=FILE`: every mention of every concept in notes, and what is said of it.
 
-READER is `rules`, which needs no model, or a file that was learned from annotated notes:
+READER is `rules`, which needs no model, or the folder of what was learned from annotated notes:
 
-    ./launch.sh annotate reader.npz learn=gold.jsonl               learns it
-    ./launch.sh annotate reader.npz notes.csv concepts=zoster.toml uses it
+    ./launch.sh finetune recipes/concepts/train.toml corpus=gold.jsonl out=runs/concepts
+    ./launch.sh annotate runs/concepts notes.csv concepts=recipes/concepts/zoster.toml
 
-Notes go in and come out of the tools of annotators, too: `to=doccano` writes pre-labels, `format=doccano` learns from
-what was corrected.
+`to=doccano` writes pre-labels for the tools of annotators; fine-tuning learns from what was corrected there.
 """
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterator
 from datetime import date, timedelta
 from typing import Literal
-from zipfile import BadZipFile
 
-import numpy as np
 from pydantic import Field
 
-from cluster import config, logs, storage
+from cluster import config, logs
 from cluster.config import Place
 from cluster.errors import ConfigError, DataError
 from downstream.concepts import dates, formats, labs
-from downstream.concepts.attributes import Attributes, mentions_of, sections_of
+from downstream.concepts.attributes import mentions_of, sections_of
 from downstream.concepts.mentions import Finder, load
+from downstream.concepts.reader import Reader
 from downstream.concepts.schema import Note, Relation, Span
 from downstream.concepts.words import Text
-from downstream.frozen import npz
 from downstream.tasks.table import rows
 
-RULES = "rules"
 PRESENT = timedelta(days=30)  # what is dated within so many days is of now
 BESIDE = 60  # characters between a lab test and its value
 EVERY = 10.0  # seconds between two lines about how far it is
 
-Format = Literal["jsonl", "brat", "doccano", "label-studio", "xmi", "medcattrainer"]
 Written = Literal["jsonl", "brat", "doccano", "label-studio", "label-studio-predictions"]
 
 
 class AnnotateRecipe(config.Section):
     """`./launch.sh annotate READER NOTES concepts=FILE [out=FILE]`."""
 
-    reader: str = Field(description="'rules', or the file of a learned reader")
-    notes: Place | None = Field(None, description="notes: CSV, JSON lines or Parquet")
-    concepts: Place | None = Field(None, description="what to look for: TOML, or a table of concept and name")
+    reader: Place = Field(description="'rules', or the folder of a learned reader")
+    notes: Place = Field(description="notes: CSV, JSON lines or Parquet")
+    concepts: Place = Field(description="what to look for: TOML, or a table of concept and name")
     out: Place = Field("annotated.jsonl", description="annotated notes, one a line")
     id: str = Field("id", description="column of the note's name")
     text: str = Field("text", description="column of the note")
     patient: str | None = Field(None, description="column of the patient")
     date: str | None = Field(None, description="column of the note's date, YYYY-MM-DD; a time after it is left out")
-    learn: Place | None = Field(None, description="annotated notes: the reader is learned from them")
-    format: Format = Field("jsonl", description="of the file to learn from")
     to: Written = Field("jsonl", description="format of the annotated notes")
-    skip_bad: bool = Field(False, description="annotated notes that are wrong are left out and counted")
 
 
 def main(args: list[str]) -> None:
     """The verb."""
     places = [word for word in args if "=" not in word]
-    if not 1 <= len(places) <= 2:
-        raise ConfigError("annotate what? give a reader ('rules', or a learned file) and a table of notes")
-    named = [f"reader={places[0]}", *(f"notes={one}" for one in places[1:]), *(word for word in args if "=" in word)]
+    if len(places) != 2:
+        raise ConfigError("annotate what? give a reader ('rules', or the folder of a learned one) and a table of notes")
+    named = [f"reader={places[0]}", f"notes={places[1]}", *(word for word in args if "=" in word)]
     asked = config.load(AnnotateRecipe, named, None)
-    if asked.learn:
-        return learn(asked)
-    if not asked.notes or not asked.concepts:
-        raise ConfigError(f"{'notes' if not asked.notes else 'concepts'}: is needed; say which file")
-    annotator = Annotator(Finder(load(asked.concepts)), reader(asked.reader))
+    annotator = Annotator(Finder(load(asked.concepts)), Reader.load(asked.reader))
     counts = {"mentions": 0, "notes": 0, "with": 0}
     began = told = time.monotonic()
 
@@ -92,43 +79,19 @@ def main(args: list[str]) -> None:
     )
 
 
-def learn(asked: AnnotateRecipe) -> None:
-    """Learns a reader from annotated notes."""
-    if asked.reader == RULES:
-        raise ConfigError("reader: 'rules' learns nothing; give the file to write")
-    assert asked.learn is not None
-    urls = storage.expand(asked.learn) if "*" in asked.learn else [asked.learn]  # BRAT's is a folder
-    notes = [note for url in urls for note in formats.read(url, asked.format, asked.skip_bad)]
-    learned = Attributes.fit(notes)
-    if not learned.learned:
-        raise DataError(f"{asked.learn}: no attribute has two values, so there is nothing to learn")
-    storage.write_bytes(asked.reader, npz(learned.arrays()))
-    logs.say(f"learned {', '.join(learned.learned)} from {len(notes):,} notes; reader in {asked.reader}")
-
-
-def reader(url: str) -> Attributes:
-    """The learned attributes of a file; none for 'rules'. Raises DataError."""
-    if url == RULES:
-        return Attributes({})
-    try:
-        return Attributes.of(np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False))
-    except (ValueError, KeyError, BadZipFile, EOFError):
-        raise DataError(f"{url}: is no reader; `annotate {url} learn=GOLD.jsonl` makes one") from None
-
-
 class Annotator:
     """Finds sections, mentions, dates and lab values, and says what is said of them."""
 
-    def __init__(self, finder: Finder, attributes: Attributes):
-        self.finder, self.attributes = finder, attributes
+    def __init__(self, finder: Finder, reader: Reader):
+        self.finder, self.reader = finder, reader
 
     def __call__(self, note: Note) -> Note:
         """The note with sections, spans and relations; its text as it is."""
-        note = note.model_copy(update={"sections": sections_of(note.text)})
+        note = note.model_copy(update={"sections": sections_of(note.text, self.reader.tagger)})
         text = Text(note.text)
         spans = self.finder(text)
         mentions = mentions_of(note, spans, text)
-        for span, mention, (values, scores) in zip(spans, mentions, self.attributes(mentions), strict=True):
+        for span, mention, (values, scores) in zip(spans, mentions, self.reader(note, spans, mentions), strict=True):
             span.attributes, span.cues = values, mention.cues
             if mention.section:
                 span.section = mention.section
@@ -198,7 +161,6 @@ def _measured(note: Note, spans: list[Span], relations: list[Relation]) -> None:
 
 
 def _notes(asked: AnnotateRecipe) -> Iterator[Note]:
-    assert asked.notes is not None
     columns = list(dict.fromkeys(name for name in (asked.id, asked.text, asked.patient, asked.date) if name))
     for number, cells in enumerate(rows(asked.notes, columns), start=1):
         row = dict(zip(columns, cells, strict=True))

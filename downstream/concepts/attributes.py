@@ -1,8 +1,9 @@
-"""What is said of a mention, learned: one logistic regression for each attribute, on words, rules and place.
+"""What is said of a mention, learned: one logistic regression for each attribute, on words, rules, place and states.
 
     words    of the sentence on either side, near ones with their distance; of the mention; of the sentence before
     rules    the cues that reach the mention (cues.py), with their distance
     place    section, share of the note
+    states   those of a language model beside the mention, if there is one (states.py)
 
 Attributes are learned from the spans that have them, so that corpora that label other things train together. With few
 labels the rules carry it; with many the words correct them.
@@ -17,22 +18,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sparse
+from scipy.special import logsumexp
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold
 
+from cluster.logs import Advance
 from downstream.concepts import sections
 from downstream.concepts.cues import DEFAULTS, Cues, decide
 from downstream.concepts.schema import Note, Section, Span
+from downstream.concepts.states import States
+from downstream.concepts.tagger import SectionTagger, tag
 from downstream.concepts.words import Text, windows
-from downstream.metrics import Floats
+from downstream.metrics import Floats, Ints
 
 BUCKETS = 1 << 18
 LEFT, RIGHT = 14, 10  # words
+BESIDE = 12  # words
 ORDERED = 4  # the nearest, with their distance
 C = 1.0  # inverse regularization
-PARTS = 4  # of documents, for the offsets
+PARTS = 4  # of documents, for the offsets and the scale
+SCALES = (0.0, 1.0, 3.0)  # of the states
 OFFSETS = np.linspace(-2, 4, 25)
 RULE, WORD = 3.0, 1.0  # how much a feature counts beside the others: regularization is one for all
 
@@ -62,9 +69,9 @@ def mentions_of(note: Note, spans: Sequence[Span] | None = None, text: Text | No
     return mentions
 
 
-def sections_of(text: str) -> list[Section]:
-    """The sections of a text by its headings."""
-    return [Section(**section._asdict()) for section in sections.find(text)]
+def sections_of(text: str, tagger: SectionTagger | None = None) -> list[Section]:
+    """The sections of a text by its headings, and, with a tagger, of what stands before the first by its words."""
+    return [Section(**one._asdict()) for one in (tag(text, tagger) if tagger else sections.find(text))]
 
 
 def _mention(note: Note, text: Text, cues: Cues, span: Span, section: str | None) -> Mention:
@@ -119,54 +126,128 @@ def matrix(mentions: Iterable[Mention]) -> sparse.csr_matrix:
     return hasher.transform([mention.features for mention in mentions])
 
 
+class Examples(NamedTuple):
+    """Mentions as rows."""
+
+    mentions: list[Mention]
+    spans: list[Span]
+    documents: np.ndarray  # of each mention
+    words: sparse.csr_matrix
+    states_NP: Floats  # P = 0 without a language model
+    beside: list[str]  # the words on either side and of the mention, marked: what a plain linear model is told
+
+    @classmethod
+    def of(cls, notes: Iterable[Note], states: States | None = None, advance: Advance | None = None) -> Examples:
+        """All spans of the notes; those of one patient are one document. `advance` hears how many are done."""
+        mentions: list[Mention] = []
+        spans: list[Span] = []
+        documents: list[str] = []
+        beside: list[str] = []
+        read: list[Floats] = []
+        for done, note in enumerate(notes, start=1):
+            if advance:
+                advance(done, "")
+            if not note.spans:
+                continue
+            text = Text(note.text)
+            mentions += mentions_of(note, None, text)
+            spans += note.spans
+            beside += [_beside(text, span) for span in note.spans]
+            documents += [note.patient_id or note.doc_id] * len(note.spans)
+            if states is not None:
+                read.append(states(note.text, [(span.start, span.end) for span in note.spans]))
+        states_NP = np.concatenate(read) if read else np.zeros((len(spans), 0))
+        return cls(mentions, spans, np.array(documents), matrix(mentions), states_NP, beside)
+
+    def rows(self, places: Ints) -> Examples:
+        """Some of them."""
+        mentions, spans = [self.mentions[i] for i in places], [self.spans[i] for i in places]
+        beside = [self.beside[i] for i in places]
+        return Examples(mentions, spans, self.documents[places], self.words[places], self.states_NP[places], beside)
+
+    def without_states(self) -> Examples:
+        """The same without a language model."""
+        return self._replace(states_NP=self.states_NP[:, :0])
+
+    def having(self, name: str) -> Examples:
+        """Those that have an attribute."""
+        return self.rows(np.array([i for i, span in enumerate(self.spans) if name in span.attributes], int))
+
+
+def _beside(text: Text, span: Span) -> str:
+    first, last = text.span_of(span.start, span.end)
+    left, right = windows(text, first, last, BESIDE)
+    words = [*(f"l_{w}" for w in left[::-1]), *(f"c_{w}" for w in text.lower[first:last]), *(f"r_{w}" for w in right)]
+    return " ".join(words)
+
+
 class Attribute(NamedTuple):
-    """A learned attribute: classes, and a weight per bucket and class (two classes: of the second). `offsets_K` are
-    added to log-probabilities before one is chosen: rare values, as "uncertain", are never likelier than not.
+    """A learned attribute: classes, and a weight per bucket and class (two classes: of the second), another per number
+    of the states. `offsets_K` are added to log-probabilities before one is chosen: rare values, as "uncertain", are
+    never likelier than not.
     """
 
     classes: tuple[str, ...]
-    weights_PK: Floats
+    weights_BK: Floats
+    states_PK: Floats
     bias_K: Floats
     offsets_K: Floats
 
     @classmethod
-    def fit(cls, features: sparse.csr_matrix, values: Sequence[str], groups: Sequence[str], c: float = C) -> Attribute:
-        """Learned from one value a row, of at least two. Offsets are those of the best macro-F1 on rows of groups
-        (documents) that were left out in turn.
+    def fit(cls, examples: Examples, name: str) -> Attribute:
+        """Learned from the examples that have the attribute, of at least two values. How much the states count, and the
+        offsets, are those of the best macro-F1 on the documents that were left out in turn.
         """
-        truth = np.array(values)
-        learned = _regression(features, truth, c)
-        classes = learned.classes_
-        log_NK, seen = np.zeros((len(truth), len(classes))), np.zeros(len(truth), bool)
-        if len(set(groups)) >= PARTS:
-            for rows, held in GroupKFold(PARTS).split(truth, truth, groups):
-                if len(set(truth[rows])) == len(classes):
-                    log_NK[held] = _regression(features[rows], truth[rows], c).predict_log_proba(features[held])
-                    seen[held] = True
-        offsets_K = _offsets(np.maximum(log_NK[seen], -20), np.searchsorted(classes, truth[seen]))
-        return cls(tuple(map(str, classes)), learned.coef_.T, learned.intercept_, offsets_K)
+        truth = np.array([span.attributes[name] for span in examples.spans])
+        classes = np.unique(truth)
+        tried = []
+        for scale in SCALES if examples.states_NP.shape[1] else (0.0,):
+            log_NK, seen = np.zeros((len(truth), len(classes))), np.zeros(len(truth), bool)
+            if len(set(examples.documents)) >= PARTS:
+                for rows, held in GroupKFold(PARTS).split(truth, truth, examples.documents):
+                    if len(set(truth[rows])) == len(classes):
+                        one = cls._regression(examples.rows(rows), truth[rows], scale)
+                        log_NK[held] = one.logs(examples.rows(held))
+                        seen[held] = True
+            offsets_K, score = _offsets(log_NK[seen], np.searchsorted(classes, truth[seen]))
+            tried.append((score, scale, offsets_K))
+        _, scale, offsets_K = max(tried, key=lambda one: one[0])
+        return cls._regression(examples, truth, scale)._replace(offsets_K=offsets_K)
 
-    def probabilities(self, features: sparse.csr_matrix) -> Floats:
-        """[N, classes]."""
-        scores = np.asarray(features @ self.weights_PK + self.bias_K)
+    @classmethod
+    def _regression(cls, examples: Examples, truth: np.ndarray, scale: float) -> Attribute:
+        words, states_NP = examples.words, examples.states_NP
+        mean_P, spread_P = np.zeros(states_NP.shape[1]), np.ones(states_NP.shape[1])
+        if scale:
+            mean_P, spread_P = states_NP.mean(0), (states_NP.std(0) + 1e-6) * states_NP.shape[1] ** 0.5 / scale
+            words = sparse.hstack([words, sparse.csr_matrix((states_NP - mean_P) / spread_P)]).tocsr()
+        used = {"solver": "liblinear"} if len(set(truth)) == 2 else {}  # ten times as fast, of two classes only
+        one = LogisticRegression(C=C, max_iter=400, **used).fit(words, truth)
+        weights_BK, states_PK = one.coef_.T[:BUCKETS], np.zeros((states_NP.shape[1], len(one.coef_)))
+        if scale:
+            states_PK = one.coef_.T[BUCKETS:] / spread_P[:, None]
+        bias_K = one.intercept_ - mean_P @ states_PK
+        return cls(tuple(map(str, one.classes_)), weights_BK, states_PK, bias_K, np.zeros(len(one.classes_)))
+
+    def logs(self, examples: Examples) -> Floats:
+        """Log-probabilities [N, classes], none below -20."""
+        scores = np.asarray(examples.words @ self.weights_BK) + examples.states_NP @ self.states_PK + self.bias_K
         if len(self.classes) == 2:
-            positive = 1 / (1 + np.exp(-scores[:, :1]))
-            return np.concatenate([1 - positive, positive], 1)
-        scores -= scores.max(1, keepdims=True)
-        powers = np.exp(scores)
-        return np.asarray(powers / powers.sum(1, keepdims=True))
+            scores = np.concatenate([np.zeros_like(scores), scores], 1)
+        logs: Floats = np.maximum(scores - logsumexp(scores, 1, keepdims=True), -20)
+        return logs
+
+    def chosen(self, examples: Examples) -> Ints:
+        """Places [N] in `classes`."""
+        places: Ints = (self.logs(examples) + self.offsets_K).argmax(1)
+        return places
 
 
-def _regression(features: sparse.csr_matrix, truth: np.ndarray, c: float) -> LogisticRegression:
-    used = {"solver": "liblinear"} if len(set(truth)) == 2 else {}  # ten times as fast, of two classes only
-    return LogisticRegression(C=c, max_iter=400, **used).fit(features, truth)
-
-
-def _offsets(log_NK: Floats, truth_N: np.ndarray) -> Floats:
-    """For every class but the most frequent one what brings most macro-F1, one class after the other."""
-    offsets_K = np.zeros(log_NK.shape[1])
+def _offsets(log_NK: Floats, truth_N: np.ndarray) -> tuple[Floats, float]:
+    """For every class but the most frequent one what brings most macro-F1, one after the other, and that score."""
+    offsets_K, score = np.zeros(log_NK.shape[1]), 0.0
     if not len(truth_N):
-        return offsets_K
+        return offsets_K, score
     usual = int(np.bincount(truth_N, minlength=len(offsets_K)).argmax())
     for k in range(len(offsets_K)):
         if k == usual:
@@ -178,8 +259,8 @@ def _offsets(log_NK: Floats, truth_N: np.ndarray) -> Floats:
             tried.append(f1_score(truth_N, said_N, average="macro", zero_division=0.0))
         # a plateau's middle: its edges are chance
         best = np.flatnonzero(np.array(tried) >= max(tried) - 1e-9)
-        offsets_K[k] = OFFSETS[best[len(best) // 2]]
-    return offsets_K
+        offsets_K[k], score = OFFSETS[best[len(best) // 2]], max(tried)
+    return offsets_K, score
 
 
 class Attributes:
@@ -189,44 +270,34 @@ class Attributes:
         self.learned = learned
 
     @classmethod
-    def fit(cls, notes: Sequence[Note], c: float = C) -> Attributes:
-        """From the spans of annotated notes; an attribute of which only one value occurs is left to the rules."""
-        mentions: list[Mention] = []
-        spans: list[Span] = []
-        for note in notes:
-            mentions += mentions_of(note)
-            spans += note.spans
-        features = matrix(mentions)
+    def fit(cls, examples: Examples) -> Attributes:
+        """One for each attribute of which two values occur; others are left to the rules."""
         found = {}
-        groups = [note.doc_id for note in notes for _ in note.spans]
-        for name in sorted({name for span in spans for name in span.attributes}):
-            rows = [i for i, span in enumerate(spans) if name in span.attributes]
-            values = [spans[i].attributes[name] for i in rows]
-            if len(set(values)) > 1:
-                found[name] = Attribute.fit(features[rows], values, [groups[i] for i in rows], c)
+        for name in sorted({name for span in examples.spans for name in span.attributes}):
+            having = examples.having(name)
+            if len({span.attributes[name] for span in having.spans}) > 1:
+                found[name] = Attribute.fit(having, name)
         return cls(found)
 
-    def __call__(self, mentions: Sequence[Mention]) -> list[tuple[dict[str, str], dict[str, float]]]:
+    def __call__(self, examples: Examples) -> list[tuple[dict[str, str], dict[str, float]]]:
         """For every mention its values and their probabilities; what was not learned is what the rules say."""
-        said = [(dict(mention.rules), dict[str, float]()) for mention in mentions]
-        if not mentions or not self.learned:
-            return said
-        features = matrix(mentions)
+        said = [(dict(mention.rules), dict[str, float]()) for mention in examples.mentions]
         for name, attribute in self.learned.items():
-            for (values, scores), p in zip(said, attribute.probabilities(features), strict=True):
-                best = int((np.log(np.maximum(p, 1e-9)) + attribute.offsets_K).argmax())
-                values[name], scores[name] = attribute.classes[best], round(float(p[best]), 4)
+            logs_NK = attribute.logs(examples)
+            best_N = (logs_NK + attribute.offsets_K).argmax(1)
+            for (values, scores), logs_K, best in zip(said, logs_NK, best_N, strict=True):
+                values[name], scores[name] = attribute.classes[best], round(float(np.exp(logs_K[best])), 4)
         return said
 
     def arrays(self) -> dict[str, Any]:
         """All of it as arrays: only the buckets that weigh anything are kept."""
         found: dict[str, Any] = {"names": np.frombuffer(json.dumps(sorted(self.learned)).encode(), np.uint8)}
         for name, attribute in self.learned.items():
-            rows = np.flatnonzero(np.abs(attribute.weights_PK).max(1) > 1e-9)
+            rows = np.flatnonzero(np.abs(attribute.weights_BK).max(1) > 1e-9)
             found[f"{name}.classes"] = np.frombuffer(json.dumps(attribute.classes).encode(), np.uint8)
             found[f"{name}.rows"], found[f"{name}.bias"] = rows, attribute.bias_K
-            found[f"{name}.offsets"] = attribute.offsets_K
-            found[f"{name}.weights"] = attribute.weights_PK[rows].astype(np.float32)
+            found[f"{name}.offsets"], found[f"{name}.states"] = attribute.offsets_K, attribute.states_PK
+            found[f"{name}.weights"] = attribute.weights_BK[rows].astype(np.float32)
         return found
 
     @classmethod
@@ -237,5 +308,6 @@ class Attributes:
             weights = np.zeros((BUCKETS, arrays[f"{name}.weights"].shape[1]))
             weights[arrays[f"{name}.rows"]] = arrays[f"{name}.weights"]
             classes = tuple(json.loads(bytes(arrays[f"{name}.classes"])))
-            found[name] = Attribute(classes, weights, arrays[f"{name}.bias"], arrays[f"{name}.offsets"])
+            states_PK, bias_K, offsets_K = (arrays[f"{name}.{part}"] for part in ("states", "bias", "offsets"))
+            found[name] = Attribute(classes, weights, states_PK, bias_K, offsets_K)
         return cls(found)

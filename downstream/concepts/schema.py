@@ -102,7 +102,7 @@ def problem(note: Note) -> str:
         said = note.text[span.start : span.end]
         if span.text and not span.fragments and span.text != said:
             beyond = any(ord(sign) > 0xFFFF for sign in note.text[: span.end])
-            hint = "; are the offsets of UTF-16? import it with from=label-studio or from=xmi" if beyond else ""
+            hint = "; are the offsets of UTF-16? read it with format=label-studio or format=xmi" if beyond else ""
             return f"span {span.id}: its text is not what stands at {span.start} to {span.end}{hint}"
         for name, value in span.attributes.items():
             if name in VALUES and value not in VALUES[name]:
@@ -110,6 +110,8 @@ def problem(note: Note) -> str:
         twin = same_place.setdefault((span.start, span.end, span.label, span.concept), span)
         if wrong := next((k for k, v in twin.attributes.items() if span.attributes.get(k, v) != v), None):
             return f"spans {twin.id} and {span.id} are at one place and do not agree on {wrong}"
+    if crossing := _crossing(note.spans):
+        return "spans {} and {} of one label overlap, and neither lies within the other".format(*crossing)
     for relation in note.relations:
         if missing := {relation.head, relation.tail} - ids:
             return f"relation {relation.type}: no span has the id {sorted(missing)[0]}"
@@ -117,6 +119,21 @@ def problem(note: Note) -> str:
         if not 0 <= section.start <= section.end <= length:
             return f"section {section.label}: {section.start} to {section.end} of {length} characters"
     return ""
+
+
+def _crossing(spans: Iterable[Span]) -> tuple[str, str] | None:
+    """The first two spans of one label and concept that share some but not all of their characters."""
+    around: dict[tuple[str, str | None], list[Span]] = {}  # of each label the spans that are not over yet
+    for span in sorted(spans, key=lambda one: (one.start, -one.end)):
+        if span.fragments:
+            continue
+        outer = around.setdefault((span.label, span.concept), [])
+        while outer and outer[-1].end <= span.start:
+            outer.pop()
+        if outer and outer[-1].end < span.end:
+            return outer[-1].id, span.id
+        outer.append(span)
+    return None
 
 
 def read(url: str, skip_bad: bool = False) -> Iterator[Note]:

@@ -136,15 +136,8 @@ def _mixed(pairs: Sequence[Pair]) -> list[Pair]:
 
 def prf(truth: np.ndarray, said: np.ndarray, documents: Sequence[str]) -> dict[str, Any]:
     """Precision, recall, F1 with its 95% interval over documents (f1_low, f1_high), and n, how many are true."""
-    places = np.unique(documents, return_inverse=True)[1]
-    size = int(places.max()) + 1
-    sums = [
-        np.bincount(places, weights=mask, minlength=size) for mask in (truth & said, said & ~truth, truth & ~said)
-    ]  # true and false positives, false negatives of each document
-    draws = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), DRAWS)
-    hits, wrong, missed = (draws @ one for one in sums)
-    f1s = 2 * hits / np.maximum(2 * hits + wrong + missed, 1)
-    hit, false, miss = (float(one.sum()) for one in sums)
+    f1s = _drawn_f1(truth, said, documents)
+    hit, false, miss = (float(one.sum()) for one in (truth & said, said & ~truth, truth & ~said))
     low, high = np.percentile(f1s, [2.5, 97.5])
     return {
         "precision": round(hit / max(hit + false, 1), 4),
@@ -154,6 +147,28 @@ def prf(truth: np.ndarray, said: np.ndarray, documents: Sequence[str]) -> dict[s
         "f1_high": round(float(high), 4),
         "n": int(truth.sum()),
     }
+
+
+def f1_gain(
+    truth: np.ndarray, said: np.ndarray, other: np.ndarray, documents: Sequence[str]
+) -> tuple[float, float, float]:
+    """By how much F1 of `said` is beyond that of `other`, with its 95% interval over the same draws of documents."""
+    gains = _drawn_f1(truth, said, documents) - _drawn_f1(truth, other, documents)
+    value = prf(truth, said, documents)["f1"] - prf(truth, other, documents)["f1"]
+    low, high = np.percentile(gains, [2.5, 97.5])
+    return round(value, 4), round(float(low), 4), round(float(high), 4)
+
+
+def _drawn_f1(truth: np.ndarray, said: np.ndarray, documents: Sequence[str]) -> np.ndarray:
+    """[DRAWS]: F1 of draws of documents, the same ones for every system."""
+    places = np.unique(documents, return_inverse=True)[1]
+    size = int(places.max()) + 1
+    sums = [
+        np.bincount(places, weights=mask, minlength=size) for mask in (truth & said, said & ~truth, truth & ~said)
+    ]  # true and false positives, false negatives of each document
+    draws = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), DRAWS)
+    hits, wrong, missed = (draws @ one for one in sums)
+    return np.asarray(2 * hits / np.maximum(2 * hits + wrong + missed, 1))
 
 
 def kappa(pairs: Sequence[Pair]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from downstream.tasks.examples import Cohort, Example, Filter, show_filters
 from downstream.tasks.table import records, rows
-from sharding.clean import CleanConfig, clean
+from sharding.clean import CleanConfig, clean, cleaned_around
 
 
 class StatusTask(Section):
@@ -135,25 +135,3 @@ def _check(url: str, note: str, spans: Sequence[dict[str, Any]], length: int) ->
         if span["start"] < end:
             raise DataError(f"{url}: note {note}, span {span['id']} overlaps the one before it; label one of them")
         end = span["end"]
-
-
-def cleaned_around(
-    text: str, spans: Sequence[tuple[int, int]], config: CleanConfig
-) -> tuple[str, list[tuple[int, int]]]:
-    """The cleaned text, and where the spans (ascending, apart from each other) lie in it."""
-    cleaned, places, done = "", [], 0
-    for start, end in spans:
-        cleaned = _joined(cleaned, text, done, start, config)
-        after = _joined(cleaned, text, start, end, config)
-        first = len(after) - len(after[len(cleaned) :].lstrip(" \n"))
-        places.append((first, len(after)))
-        cleaned, done = after, end
-    return _joined(cleaned, text, done, len(text), config), places
-
-
-def _joined(before: str, text: str, start: int, end: int, config: CleanConfig) -> str:
-    """`before` and the cleaned `text[start:end]`, with a blank where the text has one."""
-    part = clean(text[start:end], config)
-    edge = text[max(start - 1, 0) : start + 1]
-    apart = not before or not part or before[-1] in "\n " or part[0] == "\n" or not any(map(str.isspace, edge))
-    return before + part if apart else f"{before} {part}"

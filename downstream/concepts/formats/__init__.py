@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -20,6 +21,8 @@ from downstream.concepts import schema
 from downstream.concepts.formats import brat, doccano, exchange, label_studio, medcattrainer, xmi
 from downstream.concepts.formats.exchange import Found, Wrong
 from downstream.concepts.schema import Note
+
+Format = Literal["jsonl", "brat", "doccano", "label-studio", "xmi", "medcattrainer"]
 
 _FOUND: dict[str, Callable[[str], Iterator[Found]]] = {
     "brat": brat.found,

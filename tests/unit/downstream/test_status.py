@@ -15,10 +15,10 @@ from cluster.errors import ConfigError, DataError
 from downstream import explain, finetune, parts, predict, work
 from downstream.reading import PLAIN, TellConfig, encode, places_of_tokens, words_of
 from downstream.tasks.examples import Example
-from downstream.tasks.status import StatusTask, cleaned_around
+from downstream.tasks.status import StatusTask
 from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
 from pretrain.run import Trained
-from sharding.clean import CleanConfig
+from sharding.clean import CleanConfig, cleaned_around
 from sharding.splits import SplitConfig
 from sharding.tokenizer import Tokenizer, TokenizerConfig, train
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from cluster.errors import ConfigError, DataError
-from downstream.concepts import annotate, formats, schema, score
+from downstream.concepts import annotate, formats, schema, score, train
 from downstream.concepts.attributes import Attributes, mentions_of
 from downstream.concepts.cues import Cues, decide
 from downstream.concepts.mentions import Concept, Finder, load
+from downstream.concepts.reader import Reader
 from downstream.concepts.schema import Note, Span
 from downstream.concepts.words import Phrases, Text
 
@@ -152,7 +153,7 @@ def test_prelabels_go_to_a_tool_and_come_back_as_gold(notes: Path, name: str) ->
     annotate.main(["rules", f"{notes}/notes.csv", f"concepts={ZOSTER}", f"out={place}", f"to={name}"])
     assert list(formats.read(place, name)) == list(schema.read(f"{notes}/native.jsonl"))
     with pytest.raises(DataError, match="no attribute has two values"):
-        annotate.main([f"{notes}/reader.npz", f"learn={place}", f"format={name}"])
+        train.main([f"corpus={place}", f"format={name}", f"out={notes}/reader"])
 
 
 def test_a_thousand_names_from_a_table(tmp_path: Path) -> None:
@@ -163,46 +164,10 @@ def test_a_thousand_names_from_a_table(tmp_path: Path) -> None:
     ]
 
 
-def toy(count: int) -> list[Note]:
-    """Notes whose negation no rule knows: "zulu" before the mention."""
-    made = []
-    for i in range(count):
-        text = f"{'zulu' if i % 2 else 'today'} fever {i}."
-        start = text.index("fever")
-        value = "negated" if i % 2 else "affirmed"
-        span = Span(id="T1", start=start, end=start + 5, text="fever", attributes={"negation": value})
-        made.append(Note(doc_id=f"n{i}", text=text, spans=[span]))
-    return made
-
-
-def test_a_reader_learns_what_rules_do_not_know(notes: Path) -> None:
-    schema.write(f"{notes}/gold.jsonl", toy(40))
-    annotate.main([f"{notes}/reader.npz", f"learn={notes}/gold.jsonl"])
-    (notes / "new.csv").write_text("id,text\na,zulu fever\nb,today fever\n")
-    (notes / "fever.csv").write_text("concept,name\nfever,fever\n")
-    annotate.main([f"{notes}/reader.npz", f"{notes}/new.csv", f"concepts={notes}/fever.csv", f"out={notes}/new.jsonl"])
-    found = list(schema.read(f"{notes}/new.jsonl"))
-    assert [note.spans[0].attributes["negation"] for note in found] == ["negated", "affirmed"]
-    assert all(note.spans[0].scores["negation"] > 0.5 for note in found)
-    # What no label says is left to the rules.
-    assert found[0].spans[0].attributes["experiencer"] == "patient"
-    assert "zulu" not in (notes / "reader.npz").read_bytes().decode("latin-1")
-
-
-def test_a_missing_attribute_is_not_learned_as_its_default() -> None:
-    learned = Attributes.fit(toy(40))
-    without = [note.model_copy(deep=True) for note in toy(80)[40:]]
-    for note in without:
-        del note.spans[0].attributes["negation"]
-    again = Attributes.fit([*toy(40), *without])
-    mentions = mentions_of(toy(2)[1])
-    assert again(mentions) == learned(mentions)
-
-
 def test_a_reader_learns_from_sections_as_it_reads_them() -> None:
     heading = "FAMILY HISTORY: "
     [learned] = mentions_of(Note(doc_id="n", text=heading + "fever", spans=[Span(id="T1", start=16, end=21)]))
-    read = annotate.Annotator(Finder([Concept(name="f", names=("fever",))]), Attributes({}))
+    read = annotate.Annotator(Finder([Concept(name="f", names=("fever",))]), Reader(Attributes({})))
     [span] = read(Note(doc_id="n", text=heading + "fever")).spans
     assert learned.section == span.section == "family_history"
     assert learned.rules == span.attributes
@@ -225,6 +190,10 @@ def gold(**changes: Any) -> dict[str, Any]:
         (
             gold() | {"spans": [*gold()["spans"], gold(id="T2", attributes={"negation": "affirmed"})["spans"][0]]},
             "spans T1 and T2 are at one place and do not agree on negation",
+        ),
+        (
+            gold() | {"spans": [*gold()["spans"], {"id": "T2", "start": 3, "end": 8}]},
+            "spans T1 and T2 of one label overlap, and neither lies within the other",
         ),
         (gold(start="x"), "spans.0.start"),
     ],
@@ -252,18 +221,28 @@ def test_users_mistakes(notes: Path) -> None:
     (notes / "twice.toml").write_text('[[concept]]\nname="a"\nnames=["a"]\n' * 2)
     for args, message in [
         ([], "annotate what"),
-        (["rules", table], "concepts: is needed"),
+        (["rules", table], "key 'concepts' is needed"),
         (["rules", table, f"concepts={notes}/empty.toml"], "has no concept"),
         (["rules", table, f"concepts={notes}/twice.toml"], "two concepts are named a"),
-        (["rules", "learn=x.jsonl"], "learns nothing"),
+        (["rules"], "annotate what"),
     ]:
         with pytest.raises(ConfigError, match=message):
             annotate.main(args)
-    with pytest.raises(DataError, match="is no reader"):
+    with pytest.raises(DataError, match=r"has no reader; \./launch\.sh finetune"):
         annotate.main([table, table, f"concepts={ZOSTER}"])
+    (notes / "damaged.npz").write_bytes(b"PK")
+    with pytest.raises(DataError, match="is no reader, or damaged"):
+        annotate.main([f"{notes}/damaged.npz", table, f"concepts={ZOSTER}"])
     with pytest.raises(DataError, match="row 1: id is not YYYY-MM-DD"):
         annotate.main(["rules", table, f"concepts={ZOSTER}", f"out={notes}/o", "date=id"])
     assert not (notes / "o").exists()
+
+
+def test_spans_within_others_or_of_another_label_are_good() -> None:
+    within = [Span(id=f"T{n}", start=start, end=end) for n, (start, end) in enumerate([(0, 8), (0, 5), (1, 4), (6, 8)])]
+    other = Span(id="T9", start=3, end=7, label="other")
+    apart = Span(id="T8", start=2, end=7, fragments=[(2, 3), (6, 7)])
+    assert schema.problem(Note(doc_id="n", text="fever no", spans=[*within, other, apart])) == ""
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
@@ -293,7 +272,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
 def test_ten_thousand_mentions_in_one_note() -> None:
     text = "No fever today, rash on the left leg and cough that came back. " * 4_000
     finder = Finder([Concept(name=name, names=(name,)) for name in ("fever", "rash", "cough")])
-    note = annotate.Annotator(finder, Attributes({}))(Note(doc_id="n", text=text))
+    note = annotate.Annotator(finder, Reader(Attributes({})))(Note(doc_id="n", text=text))
     assert len(note.spans) == 12_000
     assert not schema.problem(note)
     pairs = score.paired({"n": note}, {"n": note}, "gold", "said")  # finds its own among thousands, quickly

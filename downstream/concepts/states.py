@@ -1,0 +1,85 @@
+"""What a language model makes of mentions: it reads a note once, with its memory, and its states beside each are kept.
+
+    … denies [ chest pain ] or …      at, before │ mean of 16 and 64 before │ mean of 16 and 64 after
+
+One that reads backwards adds the same from the other end: it has seen "was ruled out" when it comes to the mention.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from downstream.classifier import Encoder
+from downstream.metrics import Floats
+from downstream.reading import Tokens, words_of
+from pretrain.run import Trained
+from sharding.clean import cleaned_around
+
+SEGMENT = 256  # tokens read at a time, with the carry of those before
+WIDTHS = (16, 64)  # tokens on either side over which states are averaged
+
+Places = list[tuple[int, int]]
+
+
+class States:
+    """Language models that read notes: one forwards, and one backwards if there is one."""
+
+    def __init__(self, models: Sequence[Trained]):
+        self.models = models
+
+    def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> Floats:
+        """[N, P]: for every span of the text (they may overlap) the states of every model, side by side."""
+        found = []
+        for trained in self.models:
+            tokens, places = _tokens_at(trained, text, spans)
+            if trained.backward:
+                tokens, places = tokens[::-1].copy(), [(len(tokens) - b, len(tokens) - a) for a, b in places]
+            found.append(_states(trained, tokens, places))
+        return np.concatenate(found, 1)
+
+
+def _tokens_at(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, Places]:
+    """A note as the model's own were cleaned, in tokens, and where in them the spans are (at least one token each)."""
+    cleaned, places = cleaned_around(text, spans, trained.clean)
+    words = words_of(cleaned)
+    starts, ends = [start for start, _ in words], [end for _, end in words]
+    tokens, first_T = trained.tokenizer.encode_words([cleaned[start:end] for start, end in words])
+    found = []
+    for start, end in places:
+        first = min(bisect.bisect_right(ends, start), len(words) - 1)
+        last = max(bisect.bisect_left(starts, end), first + 1)
+        found.append((int(first_T[first]), max(int(first_T[last]), int(first_T[first]) + 1)))
+    return tokens, found
+
+
+@torch.no_grad()
+def _states(trained: Trained, tokens: Tokens, places: Places) -> Floats:
+    """[N, P]. Sums up to the edges of the windows are all that is kept of a note, however long it is."""
+    length = len(tokens)
+    windows_N = []
+    for start, end in places:
+        windows = [(end - 1, end), (max(0, start - 1), max(1, start))]
+        windows += [(max(0, start - width), max(1, start)) for width in WIDTHS]
+        windows += [(min(end, length - 1), min(max(end + width, 1), length)) for width in WIDTHS]
+        windows_N.append(windows)
+    edges = sorted({edge for windows in windows_N for window in windows for edge in window})
+    encoder: Encoder = trained.model  # type: ignore[assignment]
+    carry = encoder.initial_carry(1)
+    sums = np.zeros((len(edges), encoder.width))
+    total_E = torch.zeros(encoder.width, dtype=torch.float64)
+    done = bisect.bisect_right(edges, 0)
+    for start in range(0, edges[-1] if edges else 0, SEGMENT):
+        segment = torch.from_numpy(tokens[start : start + SEGMENT].astype(np.int64)).unsqueeze(0)
+        hidden, carry = encoder(segment, carry, None)
+        up_to_SE = total_E + hidden.raw_BTE[0].double().cumsum(0)
+        total_E = up_to_SE[-1]
+        until = bisect.bisect_right(edges, start + segment.shape[1])
+        sums[done:until] = up_to_SE[[edge - start - 1 for edge in edges[done:until]]].numpy()
+        done = until
+    at = {edge: place for place, edge in enumerate(edges)}
+    rows = [[(sums[at[b]] - sums[at[a]]) / (b - a) for a, b in windows] for windows in windows_N]
+    return np.array(rows).reshape(len(places), -1)

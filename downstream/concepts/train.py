@@ -1,0 +1,167 @@
+"""`./launch.sh finetune recipes/concepts/train.toml corpus=GOLD.jsonl`: annotated notes become a reader and its score.
+
+    annotated notes ─┬─► folds by patient ─► reader │ without the language model │ rules │ TF-IDF ─► tables, results
+                     └─► all of them ─► OUT/reader.npz, for ./launch.sh annotate OUT notes.csv
+
+Every mention is tested once, by a reader that has seen no note of its patient and none that is nearly the same. OUT
+holds recipe.toml, run.json (what the folder belongs to), reader.npz, and results.json, written last.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from cluster import config, logs, storage, tracking
+from cluster.config import Place, Section
+from cluster.errors import ConfigError, DataError
+from cluster.tracking import TrackingConfig
+from downstream.concepts import formats, sections
+from downstream.concepts.attributes import Attributes, Examples
+from downstream.concepts.evaluate import tested
+from downstream.concepts.formats import Format
+from downstream.concepts.reader import FILE, Reader
+from downstream.concepts.schema import Note
+from downstream.concepts.states import States
+from downstream.concepts.tagger import SectionTagger
+from downstream.leakage import alike
+from downstream.tasks.table import rows
+from downstream.work import RESULTS, enter, lineage, open_models
+from pretrain.run import Trained, hashed
+
+OTHER = "other"
+LEAST = 10  # passages of a kind of section
+PASSAGES = 200  # under headings, from which a tagger of sections is learned
+
+
+class ConceptsTask(Section):
+    """`[task] name = "concepts"`."""
+
+    name: Literal["concepts"] = "concepts"
+
+
+class ConceptsRecipe(Section):
+    """From annotated notes to a reader."""
+
+    task: ConceptsTask = ConceptsTask()
+    corpus: Place = Field(description="annotated notes; * stands for several files")
+    format: Format = Field("jsonl", description="of the annotated notes")
+    skip_bad: bool = Field(False, description="annotated notes that are wrong are left out and counted")
+    run: Place | None = Field(None, description="run directory of a pretrained language model")
+    backward: Place | None = Field(None, description="run of one that reads backwards; both are read")
+    sections: Place | None = Field(
+        None, description="notes with headings: CSV, JSON lines or Parquet; it learns sections"
+    )
+    text: str = Field("text", description="column of the note there")
+    out: Place | None = Field(None, description="where the reader goes; RUN/finetune/concepts if not given")
+    folds: int = Field(5, ge=2, description="every patient is tested once, in so many folds")
+    seed: int = Field(1, description="of the cut")
+    others: bool = Field(False, description="patients with ids as in the model's corpus are other people")
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def main(args: list[str]) -> None:
+    """The verb, for recipes with this task."""
+    recipe = config.load(ConceptsRecipe, args)
+    if recipe.backward and not recipe.run:
+        raise ConfigError("backward: needs run, the model that reads forwards")
+    if not recipe.out and not recipe.run:
+        raise ConfigError("out: is needed; say where the reader goes")
+    models = open_models(recipe.run, recipe.backward) if recipe.run else []
+    out = recipe.out or storage.join(recipe.run or "", "finetune", recipe.task.name)
+    notes = _notes(recipe)
+    about = {"notes": config.fingerprint([note.record() for note in notes])}
+    if not enter(out, recipe, models, about):
+        logs.say(f"{out}: finished before with this recipe and these notes; nothing left to do")
+        return
+    _check_unseen(notes, [] if recipe.others else models)
+    states = States(models) if models else None
+    with logs.progress("reading annotated notes", len(notes)) as advance:
+        examples = Examples.of(notes, states, advance)
+    _show_counts(examples)
+    results = tested(examples, _groups(notes), recipe.folds, recipe.seed)
+    Reader(Attributes.fit(examples), states, _tagger(recipe, notes)).save(storage.join(out, FILE))
+    facts = {"task": "concepts", "lineage": {("backward" if m.backward else "model"): lineage(m) for m in models}}
+    counts = {"notes": len(notes), "mentions": len(examples.spans)}
+    storage.write_json(storage.join(out, RESULTS), {**facts, **about, **counts, "values": results})
+    f1s = {f"{value}/{name}_f1": one["f1"] for value, said in results.items() for name, one in said.items()}
+    tracking.summarize(out, recipe.tracking, facts, f1s)
+    logs.say(f"reader and results in {out}")
+
+
+def _notes(recipe: ConceptsRecipe) -> list[Note]:
+    urls = storage.expand(recipe.corpus) if "*" in recipe.corpus else [recipe.corpus]  # BRAT's is a folder
+    notes = [note for url in urls for note in formats.read(url, recipe.format, recipe.skip_bad)]
+    if not any(len(values) > 1 for values in _values(notes).values()):
+        raise DataError(f"{recipe.corpus}: no attribute has two values, so there is nothing to learn")
+    return notes
+
+
+def _values(notes: Sequence[Note]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for note in notes:
+        for span in note.spans:
+            for name, value in span.attributes.items():
+                found.setdefault(name, set()).add(value)
+    return found
+
+
+def _check_unseen(notes: Sequence[Note], models: Sequence[Trained]) -> None:
+    """Raises DataError where a language model has read a patient that its reader will be scored on."""
+    for trained in models:
+        read = frozenset[str]().union(*trained.patients.values())
+        if known := sorted({note.patient_id for note in notes if note.patient_id and hashed(note.patient_id) in read}):
+            raise DataError(
+                f"{trained.run}: has read {len(known):,} of the patients of the annotated notes, such as {known[0]}; "
+                "pretrain without them, or set others=true where the same ids are other people"
+            )
+
+
+def _groups(notes: Sequence[Note]) -> dict[str, str]:
+    """For every document (patient) the one that stands for it and for all with a note nearly the same as one of its."""
+    names = [note.patient_id or note.doc_id for note in notes]
+    root = {name: name for name in names}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            root[name] = root[root[name]]
+            name = root[name]
+        return name
+
+    for a, b in alike([note.text for note in notes]):
+        root[find(names[a])] = find(names[b])
+    return {name: find(name) for name in root}
+
+
+def _show_counts(examples: Examples) -> None:
+    counts: dict[tuple[str, str], int] = {}
+    for span in examples.spans:
+        for one in span.attributes.items():
+            counts[one] = counts.get(one, 0) + 1
+    lines = [[name, value, f"{count:,}"] for (name, value), count in sorted(counts.items())]
+    logs.table(f"{len(examples.spans):,} mentions", ["attribute", "value", "mentions"], lines)
+
+
+def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note]) -> SectionTagger | None:
+    """Learned from what stands under the headings of all notes at hand; None where that is little."""
+    texts = [note.text for note in notes]
+    if recipe.sections:
+        texts += [cells[0] for cells in rows(recipe.sections, [recipe.text])]
+    passages, labels, groups = [], [], []
+    for number, text in enumerate(dict.fromkeys(texts)):
+        for section in sections.find(text):
+            body = text[section.heading[1] if section.heading else section.start : section.end].strip()
+            if section.heading and section.label != OTHER and body:
+                passages.append(body)
+                labels.append(section.label)
+                groups.append(number)
+    counts = Counter(labels)
+    kept = [i for i, label in enumerate(labels) if counts[label] >= LEAST]
+    if len(kept) < PASSAGES or len({labels[i] for i in kept}) < 2:
+        logs.say(f"{len(kept):,} passages under headings: too few to learn what sections without heading look like")
+        return None
+    logs.say(f"learning sections from {len(kept):,} passages under headings")
+    return SectionTagger().fit([passages[i] for i in kept], [labels[i] for i in kept], [groups[i] for i in kept])

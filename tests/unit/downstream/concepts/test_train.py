@@ -1,0 +1,195 @@
+"""A reader learned from annotated notes, with and without a language model, and its states."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import ConfigError, DataError, StorageError
+from downstream import finetune, work
+from downstream.concepts import annotate, reader, schema, train
+from downstream.concepts.attributes import Attributes, Examples
+from downstream.concepts.evaluate import out_of_fold
+from downstream.concepts.schema import Note, Span
+from downstream.concepts.states import SEGMENT, WIDTHS, States
+from downstream.reading import words_of
+from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
+from pretrain.run import Trained, hashed
+from sharding.clean import CleanConfig
+from sharding.splits import SplitConfig
+from sharding.tokenizer import Tokenizer, TokenizerConfig
+from sharding.tokenizer import train as train_tokenizer
+
+
+def toy(count: int, filler: int = 0) -> list[Note]:
+    """Notes whose negation no rule knows: "zulu" before the mention, or `filler` words and a sentence before it."""
+    made = []
+    for i in range(count):
+        between = "".join(f"w{(i * 7 + n * 13) % 40} " for n in range(filler)) + ". Now " * bool(filler)
+        text = f"{'zulu' if i % 2 else 'today'} {between}fever {i}."
+        start = text.index("fever")
+        value = "negated" if i % 2 else "affirmed"
+        span = Span(id="T1", start=start, end=start + 5, text="fever", attributes={"negation": value})
+        made.append(Note(doc_id=f"n{i}", patient_id=f"p{i}", text=text, spans=[span]))
+    return made
+
+
+def model(backward: bool = False) -> Trained:
+    """A random language model."""
+    torch.manual_seed(0)
+    words = [*"zulu today fever now no of ( ) , . ICD".lower().split(), *(f"w{i}" for i in range(40))]
+    counts = dict.fromkeys([*words, *map(str, range(100))], 10)
+    known = Tokenizer(train_tokenizer(counts, TokenizerConfig(vocab_size=330, kind="bpe"), []))
+    settings = {"embedding": 16, "hidden": 24, "layers": 2}
+    return Trained(
+        run="run", step=7, model=AwdLstm(AwdLstmConfig(**settings), known.vocab_size).eval(), tokenizer=known,
+        clean=CleanConfig(case="lower"), splits=SplitConfig(), recipe={"data": {"backward": backward}},
+        corpus_fingerprint="c", checkpoint_sha256="w", patients={"train": frozenset({hashed("read")})},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Annotated notes, new ones, and random language models in place of every run."""
+    models = {"run": model(), "back": replace(model(True), run="back")}
+    for module in (work, reader):
+        monkeypatch.setattr(module, "load_trained", lambda run: models[run])
+    schema.write(f"{tmp_path}/gold-1.jsonl", toy(60)[:30])
+    schema.write(f"{tmp_path}/gold-2.jsonl", toy(60)[30:])
+    (tmp_path / "new.csv").write_text("id,text\na,zulu fever\nb,today fever\n")
+    (tmp_path / "fever.csv").write_text("concept,name\nfever,fever\n")
+    return tmp_path
+
+
+def learned(folder: Path, *more: str) -> dict[str, object]:
+    out = folder / "reader"
+    given = [
+        "task.name=concepts",
+        f"corpus={folder}/gold-*.jsonl",
+        f"out={out}",
+        "folds=2",
+        "tracking.wandb=disabled",
+        *more,
+    ]
+    finetune.main(given)
+    found: dict[str, object] = json.loads((out / "results.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("more", [(), ("run=run",), ("run=run", "backward=back")])
+def test_a_reader_learns_what_rules_do_not_know(folder: Path, more: tuple[str, ...]) -> None:
+    values = learned(folder, *more)["values"]["negation:negated"]  # type: ignore[index]
+    assert values["reader"]["f1"] == values["words"]["f1"] == 1
+    assert values["rules"]["f1"] == 0
+    assert values["rules"]["reader_gain"] == [1, 1, 1]
+    assert ("plain" in values) == bool(more)
+    annotate.main([f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/new.jsonl"])
+    found = list(schema.read(f"{folder}/new.jsonl"))
+    assert [note.spans[0].attributes["negation"] for note in found] == ["negated", "affirmed"]
+    assert all(note.spans[0].scores["negation"] > 0.5 for note in found)
+    # What no label says is left to the rules.
+    assert found[0].spans[0].attributes["experiencer"] == "patient"
+    assert "zulu" not in (folder / "reader/reader.npz").read_bytes().decode("latin-1")
+
+
+def test_a_language_model_tells_what_stands_far_away() -> None:
+    examples = Examples.of(toy(80, filler=25), States([model()]))
+    said = out_of_fold(examples, "negation", examples.documents, 3, 0)
+    truth = np.array([span.attributes["negation"] for span in examples.spans])
+    assert (said["reader"] == truth).mean() > 0.9 > 0.7 > (said["plain"] == truth).mean()
+
+
+def test_the_same_again_is_done_and_another_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = learned(folder)
+    assert learned(folder) == first
+    assert "finished before" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="belongs to other settings"):
+        learned(folder, "folds=3")
+    schema.write(f"{folder}/gold-2.jsonl", toy(80)[30:])
+    with pytest.raises(ConfigError, match="belongs to other settings"):
+        learned(folder)
+
+
+def test_another_checkpoint_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned(folder, "run=run")
+    monkeypatch.setattr(reader, "load_trained", lambda run: replace(model(), checkpoint_sha256="later"))
+    with pytest.raises(DataError, match="was learned with another checkpoint of run"):
+        annotate.main([f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/o"])
+
+
+def test_what_cannot_be_learned_is_refused(folder: Path) -> None:
+    for more, message in [
+        (["backward=back"], "backward: needs run"),
+        (["out="], "out: is needed"),
+        (["run=back", "backward=run"], "run= must read forwards"),
+        ([f"corpus={folder}/no-*.jsonl"], "no-"),
+    ]:
+        with pytest.raises((ConfigError, StorageError), match=message):
+            learned(folder, *more)
+    notes = [note.model_copy(update={"patient_id": "read"}) for note in toy(40)]
+    schema.write(f"{folder}/known.jsonl", notes)
+    with pytest.raises(DataError, match=r"has read 1 of the patients .* such as read"):
+        learned(folder, f"corpus={folder}/known.jsonl", "run=run")
+    with pytest.raises(DataError, match="negation: only 1 documents have it"):
+        learned(folder, f"corpus={folder}/known.jsonl", "run=run", "others=true", f"out={folder}/other")
+
+
+def test_notes_that_are_nearly_the_same_are_not_parted() -> None:
+    long = " ".join(f"word{i}" for i in range(200))
+    notes = [
+        Note(doc_id="a", text=long), Note(doc_id="b", text=f"{long} more"), Note(doc_id="c", text="another"),
+        Note(doc_id="d", patient_id="b", text="a third"),
+    ]  # fmt: skip
+    groups = train._groups(notes)
+    assert groups["a"] == groups["b"] != groups["c"]
+
+
+def test_a_missing_attribute_is_not_learned_as_its_default() -> None:
+    asked = Examples.of(toy(2))
+    without = [note.model_copy(deep=True) for note in toy(80)[40:]]
+    for note in without:
+        del note.spans[0].attributes["negation"]
+    fitted = [Attributes.fit(Examples.of(notes)) for notes in (toy(40), [*toy(40), *without])]
+    assert fitted[0](asked) == fitted[1](asked)
+
+
+def test_states_are_those_of_the_whole_note_wherever_it_is_cut() -> None:
+    """Against one reading of all tokens; mentions at the ends, one in another, beyond several segments."""
+    words = "".join(f"w{n * 17 % 40} " for n in range(3 * SEGMENT))
+    text = f"Fever, {words}no (fever) of ICD {words}fever"
+    spans = [(0, 5), (text.index("(fever") + 1, text.index("(fever") + 6), (len(text) - 5, len(text)), (0, 10)]
+    for trained in (model(), model(backward=True)):
+        found = States([trained])(text, spans)
+        cleaned = trained.clean_text(text)
+        tokens, first_T = trained.tokenizer.encode_words([cleaned[a:b] for a, b in words_of(cleaned)])
+        start, end = (len(tokens) - first_T[[1, 0]]) if trained.backward else first_T[[-2, -1]]
+        read_T = torch.from_numpy((tokens[::-1] if trained.backward else tokens).astype(np.int64))
+        with torch.no_grad():
+            hidden, _ = trained.model(read_T[None], trained.model.initial_carry(1), None)  # type: ignore[operator]
+        states_TE = hidden.raw_BTE[0].double()
+        width = states_TE.shape[1]
+        read_last = found[0 if trained.backward else 2]
+        assert np.allclose(read_last[:width], states_TE[end - 1], atol=1e-6)
+        before = states_TE[start - WIDTHS[0] : start].mean(0)
+        assert np.allclose(read_last[2 * width : 3 * width], before, atol=1e-6)
+    assert found.shape == (4, 6 * width)
+    assert States([model(), model(True)])(text, spans).shape == (4, 12 * width)
+    assert States([model()])("fever", [(0, 5)]).shape == (1, 6 * width)
+
+
+def test_sections_are_learned_from_what_stands_under_headings(folder: Path) -> None:
+    said = {"SOCIAL HISTORY": "He smokes a pack a day and drinks wine.", "ALLERGIES": "Penicillin gives him a rash."}
+    rows = [f'{i},"{" ".join(f"{head}: {body} {i}." for head, body in said.items())}"' for i in range(120)]
+    (folder / "headed.csv").write_text("id,text\n" + "\n".join(rows))
+    learned(folder, f"sections={folder}/headed.csv")
+    text = "She smokes and drinks wine, a pack a day. " * 6 + "Fever."
+    (folder / "new.csv").write_text(f"id,text\na,{json.dumps(text)}\n")
+    annotate.main([f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/new.jsonl"])
+    [note] = schema.read(f"{folder}/new.jsonl")
+    assert note.spans[0].section == note.sections[0].label == "social_history"
+    assert note.sections[0].source == "learned"
