@@ -31,6 +31,8 @@ bptt = 35
 name = "awd-lstm"
 embedding = 96
 hidden = 160
+[optim]
+lr = 1e-3 # the order of summation is soon seen where much is learned
 [engine]
 timeout_seconds = 60
 [cluster]
