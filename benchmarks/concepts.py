@@ -1,9 +1,11 @@
 """What is said of mentions, against rules and a linear model, on public annotated notes; folds by document.
 
-    CHARTLM_DATA=DATA .venv/bin/python benchmarks/concepts.py
+    CHARTLM_DATA=DATA .venv/bin/python benchmarks/concepts.py [run=RUN] [backward=RUN] [rivals=PYTHON]
 
-Every row of a table is of one run, on the same folds: `reader` is ours (rules and words, learned), `rules` ours without
-learning, `words` TF-IDF of the words beside the mention with logistic regression. F1 with 95% intervals over documents.
+Every row of a table is of one run, on the same folds: `reader` is ours (rules, words, and the states of the language
+model of `run`, which must not have read these texts), `plain` the same without the model, `rules` ours without
+learning, `words` TF-IDF of the words beside the mention with logistic regression. `rivals` is the Python of an
+environment as concepts_rivals.py describes. F1 with 95% intervals over documents.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 import zlib
@@ -27,6 +30,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 sys.path.append(BESIDE)
 
 import numpy as np  # noqa: E402
+from given import given  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.model_selection import GroupKFold  # noqa: E402
 
@@ -41,7 +45,7 @@ from downstream.concepts.schema import Note  # noqa: E402
 from downstream.concepts.states import States  # noqa: E402
 from downstream.concepts.tagger import SectionTagger  # noqa: E402
 from downstream.concepts.words import Text  # noqa: E402
-from pretrain.run import load_trained  # noqa: E402
+from downstream.work import open_models  # noqa: E402
 
 FINDINGS = {"Sign_symptom", "Disease_disorder"}
 EVENTS = FINDINGS | {"Diagnostic_procedure", "Medication", "Therapeutic_procedure", "Clinical_event"}
@@ -54,16 +58,26 @@ class Corpus(NamedTuple):
 
     examples: Examples
     sentences: list[tuple[str, int]]
+    rivals: list[dict[str, dict[str, str]]]  # by mention what each system says
 
     @classmethod
-    def of(cls, notes: list[Note], states: States | None) -> Corpus:
+    def of(cls, notes: list[Note], states: States | None, python: str) -> Corpus:
         """All spans of the notes."""
-        sentences = []
+        sentences, asked = [], []
         for note in notes:
             text = Text(note.text)
             for span in note.spans:
-                sentences.append((note.doc_id, text.sentence(text.span_of(span.start, span.end)[0])[0]))
-        return cls(Examples.of(notes, states), sentences)
+                first, last = text.span_of(span.start, span.end)
+                begin, end = text.starts[text.sentence(first)[0]], text.ends[text.sentence(last - 1)[1] - 1]
+                sentences.append((note.doc_id, text.sentence(first)[0]))
+                asked.append({"text": note.text[begin:end], "start": span.start - begin, "end": span.end - begin})
+        rivals: list[dict[str, dict[str, str]]] = [{} for _ in asked]
+        if python:
+            lines = "".join(json.dumps(one) + "\n" for one in asked)
+            command = [python, str(Path(BESIDE) / "concepts_rivals.py")]
+            done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, text=True, check=True)
+            rivals = [json.loads(line) for line in done.stdout.splitlines()]
+        return cls(Examples.of(notes, states), sentences, rivals)
 
 
 class Said(NamedTuple):
@@ -88,6 +102,8 @@ def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few
         for span, true in zip(chosen.spans, truth, strict=True)
     ]
     said = out_of_fold(chosen._replace(spans=told), axis, chosen.documents, 5, seed, few)
+    for name in corpus.rivals[0]:
+        said[name] = np.array([corpus.rivals[i][name].get(axis, DEFAULTS[axis]) for i in rows])
     return Said(truth, {name: one == value for name, one in said.items()}, chosen.documents.tolist(), rows)
 
 
@@ -253,13 +269,13 @@ def main() -> None:
     data = Path(os.environ["CHARTLM_DATA"])
     negex = list(schema.read(str(data / "concepts/negex.jsonl")))
     maccrobat = list(schema.read(str(data / "concepts/maccrobat2020.jsonl")))
-    runs = [word.partition("=")[2] for word in sys.argv[1:]]
-    states = States([load_trained(run) for run in runs]) if runs else None
+    words = given({"run": "", "backward": "", "rivals": ""})
+    states = States(open_models(words["run"], words["backward"] or None)) if words["run"] else None
     line: dict[str, Any] = {}
     line |= of_sections(data)
     line["lab_link_accuracy"] = lab_links(maccrobat)
     line["date_resolved"], line["date_resolved_without_age"] = dates_resolved(maccrobat)
-    small, large = Corpus.of(negex, states), Corpus.of(maccrobat, states)
+    small, large = Corpus.of(negex, states, words["rivals"]), Corpus.of(maccrobat, states, words["rivals"])
     found = compared(small, "negation", "negated", None)
     line["negex_f1"] = show("NegEx, negated", found)
     line["mixed_accuracy"] = mixed(small, found)

@@ -35,7 +35,7 @@ from downstream.metrics import Floats, Ints
 
 BUCKETS = 1 << 18
 LEFT, RIGHT = 14, 10  # words
-BESIDE = 12  # words
+BESIDE = 6  # words
 ORDERED = 4  # the nearest, with their distance
 C = 1.0  # inverse regularization
 PARTS = 4  # of documents, for the offsets and the scale

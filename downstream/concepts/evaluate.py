@@ -66,14 +66,14 @@ def out_of_fold(examples: Examples, name: str, groups: np.ndarray, folds: int, s
             if system in said:
                 attribute = Attribute.fit(k, name)
                 said[system][held] = np.array(attribute.classes)[attribute.chosen(a)]
-        said["words"][held] = _tfidf(known.beside, truth[learned], asked.beside, bool(few))
+        said["words"][held] = _tfidf(known.beside, truth[learned], asked.beside)
     return {system: said[system] for system in SYSTEMS if system in said}
 
 
-def _tfidf(learned: Sequence[str], truth: np.ndarray, asked: Sequence[str], balanced: bool) -> np.ndarray:
+def _tfidf(learned: Sequence[str], truth: np.ndarray, asked: Sequence[str]) -> np.ndarray:
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
     used = {"solver": "liblinear"} if len(set(truth)) == 2 else {"max_iter": 1000}
-    one = LogisticRegression(C=10, class_weight="balanced" if balanced else None, **used)
+    one = LogisticRegression(C=10, class_weight="balanced", **used)
     one.fit(words.fit_transform(learned), truth)
     return np.asarray(one.predict(words.transform(asked)))
 
