@@ -29,7 +29,8 @@ class States:
     """Language models that read notes: one forwards, and one backwards if there is one."""
 
     def __init__(self, models: Sequence[Trained]):
-        self.models = models
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.models = [trained.with_model(trained.model.to(device)) for trained in models]
 
     def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> Floats:
         """[N, P]: for every span of the text (they may overlap) the states of every model, side by side."""
@@ -68,17 +69,18 @@ def _states(trained: Trained, tokens: Tokens, places: Places) -> Floats:
         windows_N.append(windows)
     edges = sorted({edge for windows in windows_N for window in windows for edge in window})
     encoder: Encoder = trained.model  # type: ignore[assignment]
+    device = next(trained.model.parameters()).device
     carry = encoder.initial_carry(1)
     sums = np.zeros((len(edges), encoder.width))
-    total_E = torch.zeros(encoder.width, dtype=torch.float64)
+    total_E = torch.zeros(encoder.width, dtype=torch.float64, device=device)
     done = bisect.bisect_right(edges, 0)
     for start in range(0, edges[-1] if edges else 0, SEGMENT):
         segment = torch.from_numpy(tokens[start : start + SEGMENT].astype(np.int64)).unsqueeze(0)
-        hidden, carry = encoder(segment, carry, None)
+        hidden, carry = encoder(segment.to(device), carry, None)
         up_to_SE = total_E + hidden.raw_BTE[0].double().cumsum(0)
         total_E = up_to_SE[-1]
         until = bisect.bisect_right(edges, start + segment.shape[1])
-        sums[done:until] = up_to_SE[[edge - start - 1 for edge in edges[done:until]]].numpy()
+        sums[done:until] = up_to_SE[[edge - start - 1 for edge in edges[done:until]]].cpu().numpy()
         done = until
     at = {edge: place for place, edge in enumerate(edges)}
     rows = [[(sums[at[b]] - sums[at[a]]) / (b - a) for a, b in windows] for windows in windows_N]
