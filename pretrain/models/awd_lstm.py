@@ -25,6 +25,7 @@ from torch.nn import functional
 from cluster.config import Section
 from pretrain.models.carry import Carry, Pieces, forgotten
 from pretrain.models.dropout import Masks
+from pretrain.models.lstm import WRONG_FROM, Lstm
 from pretrain.models.output import Hidden, Level, logits
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -104,6 +105,9 @@ class LstmLayer(nn.Module):
             packed = input_BTD.flatten(0, 1)[pieces.into_N]
             output, h, c = torch.lstm(packed, pieces.batch_sizes, state, weights, True, 1, 0.0, self.training, False)
             return output[pieces.back_N].view(lanes, length, -1), h[0][pieces.last_B], c[0][pieces.last_B]
+        if self.width >= WRONG_FROM and input_BTD.dtype == torch.bfloat16 and not input_BTD.is_cuda:
+            output_BTH, h, c = Lstm.apply(input_BTD, h_BH, c_BH, weight_ih, weight_hh, bias_ih + bias_hh)
+            return output_BTH, h, c
         state = (h_BH.unsqueeze(0), c_BH.unsqueeze(0))
         # biases, one layer, no dropout inside, training mode, one direction, batch first
         output_BTH, h, c = torch.lstm(input_BTD, state, weights, True, 1, 0.0, self.training, False, True)
