@@ -30,7 +30,7 @@ WRONG_FROM = 1024  # units
 
 
 class Lstm(torch.autograd.Function):
-    """(output [B, T, H], h, c) of input [B, T, D], h, c [B, H], weights [4H, D], [4H, H] and bias, in the order ifgo."""
+    """(output [B, T, H], h, c) of input [B, T, D], h, c [B, H], weights [4H, D], [4H, H] and bias, gates ifgo."""
 
     @staticmethod
     def forward(
