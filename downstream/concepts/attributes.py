@@ -40,6 +40,7 @@ ORDERED = 4  # the nearest, with their distance
 C = 1.0  # inverse regularization
 PARTS = 4  # of documents, for the offsets and the scale
 SCALES = (0.0, 1.0, 3.0)  # of the states
+TIE = 0.005  # macro-F1
 OFFSETS = np.linspace(-2, 4, 25)
 RULE, WORD = 3.0, 1.0  # how much a feature counts beside the others: regularization is one for all
 
@@ -211,7 +212,9 @@ class Attribute(NamedTuple):
                         seen[held] = True
             offsets_K, score = _offsets(log_NK[seen], np.searchsorted(classes, truth[seen]))
             tried.append((score, scale, offsets_K))
-        _, scale, offsets_K = max(tried, key=lambda one: one[0])
+        # Of nearly equal ones the least: with few mentions of a value the differences are chance.
+        enough = max(score for score, _, _ in tried) - TIE
+        _, scale, offsets_K = next(one for one in tried if one[0] >= enough)
         return cls._regression(examples, truth, scale)._replace(offsets_K=offsets_K)
 
     @classmethod

@@ -63,7 +63,7 @@ def _states(trained: Trained, tokens: Tokens, places: Places) -> Floats:
     length = len(tokens)
     windows_N = []
     for start, end in places:
-        windows = [(end - 1, end), (max(0, start - 1), max(1, start))]
+        windows = [(end - 1, end), (start, end), (max(0, start - 1), max(1, start))]
         windows += [(max(0, start - width), max(1, start)) for width in WIDTHS]
         windows += [(min(end, length - 1), min(max(end + width, 1), length)) for width in WIDTHS]
         windows_N.append(windows)
