@@ -1,6 +1,6 @@
 """What a language model makes of mentions: it reads a note once, with its memory, and its states beside each are kept.
 
-    … denies [ chest pain ] or …      at, before │ mean of 16 and 64 before │ mean of 16 and 64 after
+    … denies [ chest pain ] or …      its last, its mean, before it │ mean of 16 and 64 before │ mean of 16 and 64 after
 
 One that reads backwards adds the same from the other end: it has seen "was ruled out" when it comes to the mention.
 """

@@ -176,10 +176,10 @@ def test_states_are_those_of_the_whole_note_wherever_it_is_cut() -> None:
         read_last = found[0 if trained.backward else 2]
         assert np.allclose(read_last[:width], states_TE[end - 1], atol=1e-6)
         before = states_TE[start - WIDTHS[0] : start].mean(0)
-        assert np.allclose(read_last[2 * width : 3 * width], before, atol=1e-6)
-    assert found.shape == (4, 6 * width)
-    assert States([model(), model(True)])(text, spans).shape == (4, 12 * width)
-    assert States([model()])("fever", [(0, 5)]).shape == (1, 6 * width)
+        assert np.allclose(read_last[3 * width : 4 * width], before, atol=1e-6)
+    assert found.shape == (4, 7 * width)
+    assert States([model(), model(True)])(text, spans).shape == (4, 14 * width)
+    assert States([model()])("fever", [(0, 5)]).shape == (1, 7 * width)
 
 
 def test_sections_are_learned_from_what_stands_under_headings(folder: Path) -> None:
