@@ -36,9 +36,10 @@ from sklearn.model_selection import GroupKFold  # noqa: E402
 
 from downstream.concepts import dates, labs, schema, sections  # noqa: E402
 from downstream.concepts.annotate import Annotator  # noqa: E402
-from downstream.concepts.attributes import Attribute, Attributes, Examples  # noqa: E402
+from downstream.concepts.attributes import Attribute, Attributes  # noqa: E402
 from downstream.concepts.cues import DEFAULTS  # noqa: E402
 from downstream.concepts.evaluate import out_of_fold, scored  # noqa: E402
+from downstream.concepts.features import Examples  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
 from downstream.concepts.reader import Reader  # noqa: E402
 from downstream.concepts.schema import Note  # noqa: E402

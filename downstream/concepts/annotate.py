@@ -21,7 +21,7 @@ from cluster import config, logs
 from cluster.config import Place
 from cluster.errors import ConfigError, DataError
 from downstream.concepts import dates, formats, labs
-from downstream.concepts.attributes import mentions_of, sections_of
+from downstream.concepts.features import mentions_of, sections_of
 from downstream.concepts.mentions import Finder, load
 from downstream.concepts.reader import Reader
 from downstream.concepts.schema import Note, Relation, Span
@@ -38,7 +38,7 @@ Written = Literal["jsonl", "brat", "doccano", "label-studio", "label-studio-pred
 class AnnotateRecipe(config.Section):
     """`./launch.sh annotate READER NOTES concepts=FILE [out=FILE]`."""
 
-    reader: Place = Field(description="'rules', or the folder of a learned reader")
+    reader: str = Field(description="'rules', or the folder of a learned reader")
     notes: Place = Field(description="notes: CSV, JSON lines or Parquet")
     concepts: Place = Field(description="what to look for: TOML, or a table of concept and name")
     out: Place = Field("annotated.jsonl", description="annotated notes, one a line")

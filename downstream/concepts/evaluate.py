@@ -16,8 +16,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from cluster import logs
 from cluster.errors import DataError
-from downstream.concepts.attributes import Attribute, Examples
+from downstream.concepts.attributes import Attribute
 from downstream.concepts.cues import DEFAULTS
+from downstream.concepts.features import Examples
 from downstream.concepts.score import f1_gain, prf
 
 SYSTEMS = {"reader": "reader", "plain": "no language model", "rules": "rules", "words": "TF-IDF beside it"}

@@ -15,7 +15,8 @@ import numpy as np
 
 from cluster import storage
 from cluster.errors import DataError
-from downstream.concepts.attributes import Attributes, Examples, Mention, matrix
+from downstream.concepts.attributes import Attributes
+from downstream.concepts.features import Examples, Mention, matrix
 from downstream.concepts.schema import Note, Span
 from downstream.concepts.states import States
 from downstream.concepts.tagger import SectionTagger

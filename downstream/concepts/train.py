@@ -14,14 +14,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 from cluster import config, logs, storage, tracking
 from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from cluster.tracking import TrackingConfig
 from downstream.concepts import formats, sections
-from downstream.concepts.attributes import Attributes, Examples
+from downstream.concepts.attributes import Attributes
 from downstream.concepts.evaluate import tested
+from downstream.concepts.features import Examples
 from downstream.concepts.formats import Format
 from downstream.concepts.reader import FILE, Reader
 from downstream.concepts.schema import Note
@@ -121,19 +124,14 @@ def _check_unseen(notes: Sequence[Note], models: Sequence[Trained]) -> None:
 
 
 def _groups(notes: Sequence[Note]) -> dict[str, str]:
-    """For every document (patient) the one that stands for it and for all with a note nearly the same as one of its."""
+    """For every document (patient) the name of those that belong together: a note of one is nearly one of the other."""
     names = [note.patient_id or note.doc_id for note in notes]
-    root = {name: name for name in names}
-
-    def find(name: str) -> str:
-        while root[name] != name:
-            root[name] = root[root[name]]
-            name = root[name]
-        return name
-
+    place = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    links = sparse.lil_matrix((len(place), len(place)), dtype=bool)
     for a, b in alike([note.text for note in notes]):
-        root[find(names[a])] = find(names[b])
-    return {name: find(name) for name in root}
+        links[place[names[a]], place[names[b]]] = True
+    _, which = connected_components(links.tocsr(), directed=False)
+    return {name: str(which[number]) for name, number in place.items()}
 
 
 def _show_counts(examples: Examples) -> None:

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WRONG_FROM = 1024  # units
+
 
 def _product(weight_GH: Tensor, lanes: int) -> Callable[[Tensor], Tensor]:
     """x ↦ x weightᵀ, for many x of few rows: laid out for the kernel once, not at every call."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return lambda rows_BH: rows_BH @ weight_GH.t()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_GH.contiguous(), lanes)
     return lambda rows_BH: torch.ops.mkldnn._linear_pointwise(rows_BH, packed, None, "none", [], "")
-
-
-WRONG_FROM = 1024  # units
 
 
 class Lstm(torch.autograd.Function):

@@ -98,14 +98,8 @@ def draws() -> random.Random:
     return random.Random(seed)
 
 
-LONG = [pytest.mark.slow, pytest.mark.timeout(1800)]
-# In every run one model each; `test slow` has all of both.
-KILLED = [("awd-lstm", 2), *(pytest.param(name, 20, marks=LONG) for name in MODELS)]
-RESIZED = [("transformer-xl", [(1, 3), (3, 2)])]
-RESIZED += [pytest.param(m, [(1, 0), (4, 2), (2, 1), (4, 0), (1, 3), (8, 1)], marks=pytest.mark.slow) for m in MODELS]
-
-
-@pytest.mark.parametrize(("name", "kills"), KILLED)
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("name", MODELS)
 def test_killed_again_and_again(tmp_path: Path, corpus: str, name: str, kills: int) -> None:
     """SIGKILL of a random rank at random steps of first and later epochs, between steps, while files are written and
     before they stand: every loss and tensor is that of the unbroken run, to the last bit.
@@ -161,7 +155,10 @@ def positions(run: str, first: int, last: int) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "then"), RESIZED)
+@pytest.mark.parametrize(
+    "then", [[(1, 3), (3, 2)], pytest.param([(1, 0), (4, 2), (2, 1), (4, 0), (1, 3), (8, 1)], marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", MODELS)
 def test_other_workers_and_other_stages_go_on(
     tmp_path: Path, corpus: str, name: str, then: list[tuple[int, int]]
 ) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from cluster.errors import ConfigError, DataError
 from downstream.concepts import annotate, formats, schema, score, train
-from downstream.concepts.attributes import Attributes, mentions_of
+from downstream.concepts.attributes import Attributes
 from downstream.concepts.cues import Cues, decide
+from downstream.concepts.features import mentions_of
 from downstream.concepts.mentions import Concept, Finder, load
 from downstream.concepts.reader import Reader
 from downstream.concepts.schema import Note, Span

@@ -13,8 +13,9 @@ import torch
 from cluster.errors import ConfigError, DataError, StorageError
 from downstream import finetune, work
 from downstream.concepts import annotate, reader, schema, train
-from downstream.concepts.attributes import Attributes, Examples
+from downstream.concepts.attributes import Attributes
 from downstream.concepts.evaluate import out_of_fold
+from downstream.concepts.features import Examples
 from downstream.concepts.schema import Note, Span
 from downstream.concepts.states import SEGMENT, WIDTHS, States
 from downstream.reading import words_of
