@@ -1,19 +1,48 @@
-"""Runs a plain function on several gloo ranks of this machine, each a fresh process, as torchrun would."""
+"""Runs a plain function on several gloo ranks of this machine, each a process of its own, as torchrun would.
+
+The processes are forked from one that has imported everything and done nothing: importing torch and DeepSpeed takes
+longer than most of what is run here.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TESTS = Path(__file__).resolve().parent
-# Left by os._exit: when Python finalizes, threads of torch's that wait for the interpreter can abort the process.
-RUNNER = "import os, pickle, sys; f, a = pickle.load(sys.stdin.buffer); f(*a); sys.stdout.flush(); os._exit(0)"
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["deepspeed", "pretrain.train", "ranks"])
+
+
+def _rank(environment: dict[str, str], output: str, called: bytes) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(output, "wb") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    status = 1
+    try:
+        function, args = pickle.loads(called)
+        function(*args)
+        status = 0
+    finally:
+        if status:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # When Python finalizes, threads of torch's that wait for the interpreter can abort the process.
+        os._exit(status)
 
 
 def run_on_ranks(world: int, function: Callable[..., None], *args: Any, timeout_seconds: float = 180) -> None:
@@ -21,27 +50,29 @@ def run_on_ranks(world: int, function: Callable[..., None], *args: Any, timeout_
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
-        env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(world)}
-        env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert process.stdin is not None
-        process.stdin.write(pickle.dumps((function, args)))
-        process.stdin.close()
-        process.stdin = None
-        processes.append(process)
-    try:
-        said = [process.communicate(timeout=timeout_seconds)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    common |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(world)}
+    common["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    with mock.patch.dict(os.environ, common):  # what the forked-from process, begun at the first call, imports with
+        multiprocessing.forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(world)]
+        processes = []
+        for rank, output in enumerate(outputs):
+            environment = dict(os.environ) | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            called = pickle.dumps((function, args))
+            processes.append(_FORKS.Process(target=_rank, args=(environment, str(output), called)))
+            processes[-1].start()
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            late = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            for process in processes:
+                process.kill()
+                process.join()
+        said = [output.read_text(errors="replace") if output.exists() else "" for output in outputs]
     for rank, process in enumerate(processes):
-        assert process.returncode == 0, f"rank {rank} of {world}:\n{said[rank][-4000:]}"
+        how = f"took longer than {timeout_seconds} s" if rank in late else f"ended with {process.exitcode}"
+        assert process.exitcode == 0, f"rank {rank} of {world} {how}:\n{said[rank][-4000:]}"
