@@ -6,6 +6,7 @@ rules    ConText's, nothing learned    words   TF-IDF of the words beside the me
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,11 @@ def out_of_fold(examples: Examples, name: str, groups: np.ndarray, folds: int, s
         system: truth.copy() for system in ("reader", *(("plain",) if examples.states_NP.shape[1] else ()), "words")
     }
     said["rules"] = np.array([mention.rules.get(name, "") for mention in examples.mentions])
-    cut = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for rows_, held in cut.split(truth, truth, groups):
+    cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a value with fewer mentions than folds
+        cuts = list(cutter.split(truth, truth, groups))
+    for rows_, held in cuts:
         learned = np.sort(np.random.default_rng(seed).permutation(rows_)[:few]) if few else rows_
         if len(set(truth[learned])) < 2:
             for one in said.values():

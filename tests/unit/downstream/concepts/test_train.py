@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,18 @@ def test_a_language_model_tells_what_stands_far_away() -> None:
     said = out_of_fold(examples, "negation", examples.documents, 3, 0)
     truth = np.array([span.attributes["negation"] for span in examples.spans])
     assert (said["reader"] == truth).mean() > 0.9 > 0.7 > (said["plain"] == truth).mean()
+
+
+def test_a_value_in_one_note_only_is_scored_without_a_word_of_sklearn(folder: Path) -> None:
+    notes = toy(60)
+    notes[0].spans[0].attributes["experiencer"] = "family"
+    for note in notes[1:]:
+        note.spans[0].attributes["experiencer"] = "patient"
+    schema.write(f"{folder}/rare.jsonl", notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values = learned(folder, f"corpus={folder}/rare.jsonl")["values"]
+    assert values["experiencer:family"]["reader"]["recall"] == 0  # type: ignore[index]
 
 
 def test_the_same_again_is_done_and_another_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
