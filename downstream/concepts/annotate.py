@@ -106,7 +106,7 @@ class Annotator:
 
 def _dated(note: Note, text: Text, spans: list[Span], relations: list[Relation]) -> None:
     """Adds the dates of sentences that hold a mention, and links each mention with the nearest of its sentence. A
-    mention that is dated before the note's day and that nothing else places is historical, one after it is future.
+    mention that is said to be current but dated before the note's day is historical, one dated after it is future.
     """
     day = date.fromisoformat(note.note_date) if note.note_date else None
     mentions = list(spans)
@@ -127,11 +127,11 @@ def _dated(note: Note, text: Text, spans: list[Span], relations: list[Relation])
         used[tail.id] = tail
         relations.append(Relation(type="dated", head=mention.id, tail=tail.id))
         when = tail.value or {}
-        if day and mention.attributes.get("temporality") == "current" and "temporality" not in mention.scores:
-            if date.fromisoformat(when["to"]) < day - PRESENT:
-                mention.attributes["temporality"] = "historical"
-            elif date.fromisoformat(when["from"]) > day:
-                mention.attributes["temporality"] = "future"
+        if day and mention.attributes.get("temporality") == "current":
+            past, future = date.fromisoformat(when["to"]) < day - PRESENT, date.fromisoformat(when["from"]) > day
+            if past or future:
+                mention.attributes["temporality"] = "historical" if past else "future"
+                mention.scores.pop("temporality", None)  # of "current"; a reader has not seen the date
     spans += used.values()
 
 

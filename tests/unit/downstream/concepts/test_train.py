@@ -99,6 +99,22 @@ def test_a_reader_learns_what_rules_do_not_know(folder: Path, more: tuple[str, .
     assert "zulu" not in (folder / "reader/reader.npz").read_bytes().decode("latin-1")
 
 
+def test_a_date_decides_where_a_reader_says_current(folder: Path) -> None:
+    notes = toy(60)
+    for i, note in enumerate(notes):
+        note.text = note.text.replace("today", "mikes")  # "today" is a date
+        note.spans[0].attributes["temporality"] = "historical" if i % 2 else "current"
+    schema.write(f"{folder}/gold-1.jsonl", notes)
+    learned(folder, f"corpus={folder}/gold-1.jsonl")
+    (folder / "new.csv").write_text("id,text,day\na,mikes fever in 2010,2015-08-02\nb,mikes fever,2015-08-02\n")
+    reads = [f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/new.jsonl"]
+    annotate.main([*reads, "date=day"])
+    dated, now = (next(span for span in note.spans if span.concept) for note in schema.read(f"{folder}/new.jsonl"))
+    assert (dated.attributes["temporality"], now.attributes["temporality"]) == ("historical", "current")
+    assert "temporality" in now.scores
+    assert "temporality" not in dated.scores
+
+
 def test_a_language_model_tells_what_stands_far_away() -> None:
     examples = Examples.of(toy(80, filler=25), States([model()]))
     said = out_of_fold(examples, "negation", examples.documents, 3, 0)
