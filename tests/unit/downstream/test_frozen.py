@@ -1,0 +1,73 @@
+"""The frozen mode: the same regression however it is found, topics of equal spread, states that must earn a place."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sparse
+from sklearn.linear_model import LogisticRegression
+
+from downstream import frozen
+from downstream.frozen import FrozenConfig
+from downstream.tasks.examples import Example
+
+WORDS = {0: "heart valve artery", 1: "knee femur tendon", 2: "retina lens cornea"}
+
+
+USUAL = ["alpha", "beta", "gamma", "delta", "kappa"]
+
+
+def notes(count: int, mention: bool = False) -> list[Example]:
+    """Of three classes in turn; every second word is of no class. The mention is in the middle."""
+    made = []
+    for n in range(count):
+        random = np.random.default_rng(n)
+        own, usual = random.choice(WORDS[n % 3].split(), 6), random.choice(USUAL, 6)
+        before, after = (" ".join(f"{a} {b}" for a, b in list(zip(own, usual, strict=True))[k::2]) for k in (0, 1))
+        span = (len(before) + 1, len(before) + 7)
+        made.append(Example(str(n), f"p{n}", f"{before} zoster {after}", n % 3, (span,) if mention else ()))
+    return made
+
+
+def test_few_notes_with_many_features_give_the_same_regression() -> None:
+    random = np.random.default_rng(0)
+    features = sparse.random(60, 500, 0.1, "csr", random_state=1)
+    labels = random.integers(0, 3, 60)
+    found = frozen.regress(features, labels, 10.0)
+    plain = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000, tol=1e-6).fit(features, labels)
+    asked = sparse.random(40, 500, 0.1, "csr", random_state=2)
+    said = frozen.Frozen(FrozenConfig(), found).of_features(asked)
+    np.testing.assert_allclose(said, plain.predict_proba(asked), atol=0.03)
+    several = np.stack([labels == 0, labels == 1], 1).astype(int)
+    found = frozen.regress(features, several, 10.0)
+    said = frozen.Frozen(FrozenConfig(), found).of_features(asked)
+    for k in range(2):
+        one = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000, tol=1e-6)
+        np.testing.assert_allclose(said[:, k], one.fit(features, several[:, k]).predict_proba(asked)[:, 1], atol=0.03)
+
+
+def test_topics_of_whole_notes_have_equal_spread_and_those_beside_a_mention_keep_theirs() -> None:
+    settings = FrozenConfig(features=("topics",), topics=5)
+    for mention, even in ((False, True), (True, False)):
+        arrays = frozen._learn_blocks(settings, notes(60, mention), np.zeros((60, 0)), [], 1)
+        words = frozen.Words(arrays["topic0_terms"], arrays["topic0_idf"])
+        texts = frozen._views(notes(60, mention))[0]
+        spread = np.linalg.norm(words(texts) @ arrays["topic0_axes"].T, axis=0)
+        assert np.allclose(spread, spread[0], rtol=1e-3) is even
+
+
+def test_states_that_say_nothing_are_left_out_and_those_that_say_all_are_used() -> None:
+    learned, asked = notes(90), notes(30)
+    labels = np.array([one.label for one in learned])
+    settings = FrozenConfig(features=("states", "words"))
+    noise = np.random.default_rng(3).normal(size=(150, 20))
+    told = np.eye(3)[np.arange(150) % 3] + 0.01 * noise[:, :3]
+    blank = [one._replace(text="alpha beta gamma delta") for one in (*learned, *asked)]
+    for states, texts, none in ((noise, [*learned, *asked], True), (told, blank, False)):
+        data = {
+            "train": (texts[:60], states[:60], labels[:60]),
+            "valid": (texts[60:90], states[60:90], labels[60:]),
+            "test": (texts[90:], states[90:120], labels[:30]),
+        }
+        said, _, about = frozen.fit(settings, data, [], 1)
+        assert (about["scale"] == 0.0) is none
+        assert (said["test"].argmax(1) == labels[:30]).mean() > 0.9
