@@ -65,6 +65,47 @@ def write(data: Path, out: Path) -> dict[str, int]:
     }  # fmt: skip
 
 
+def write_unread(data: Path, out: Path) -> dict[str, int]:
+    """Writes open.csv for a language model that has read nothing of what benchmarks/concepts.py tests: every distinct
+    report of MTSamples, MTS-Dialog's training passages with their dialogues, Wikipedia; no report that holds a passage
+    of MTS-Dialog's validation set (they are from MTSamples). Returns how many rows of each.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    asked = _asked(data)
+    rows = [("mtsamples", report) for report in reports_unread(data)]
+    passages = [
+        row[part]
+        for row in _rows(data / "mts_dialog/MTS-Dialog-TrainingSet.csv")
+        for part in ("section_text", "dialogue")
+    ]
+    rows += [("mts_dialog", passage) for passage in passages if passage and not _holds(passage, asked)]
+    rows += _wikipedia(data)
+    _csv(out / "open.csv", ["patient", "text"], ((f"open-{kind}-{n}", text) for n, (kind, text) in enumerate(rows)))
+    return dict(Counter(kind for kind, _ in rows))
+
+
+def reports_unread(data: Path) -> list[str]:
+    """Every distinct report of MTSamples that holds no passage of MTS-Dialog's validation set."""
+    asked = _asked(data)
+    reports = dict.fromkeys(row["transcription"].strip() for row in _rows(data / "mtsamples/mtsamples.csv"))
+    return [report for report in reports if report and not _holds(report, asked)]
+
+
+def _asked(data: Path) -> list[set[str]]:
+    return [_runs(row["section_text"].lower()) for row in _rows(data / "mts_dialog/MTS-Dialog-ValidationSet.csv")]
+
+
+def _holds(text: str, passages: Sequence[set[str]]) -> bool:
+    runs = _runs(text.lower())
+    return any(5 * len(passage & runs) >= len(passage) > 0 for passage in passages)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(10**9)
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _fold(patient: str) -> int:
     return int(hashlib.sha256(patient.encode()).hexdigest(), 16) % FOLDS + 1
 

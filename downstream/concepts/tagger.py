@@ -48,19 +48,25 @@ class SectionTagger:
         self._sharpness = 1.0
 
     def fit(
-        self, texts: Sequence[str], labels: Sequence[str], groups: Sequence[Any] | None = None, seed: int = 0
+        self,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        groups: Sequence[Any] | None = None,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
     ) -> SectionTagger:
-        """Itself, fitted. Its probabilities are calibrated by cross-validation, the passages of a group together.
+        """Itself, fitted. Its probabilities are calibrated by cross-validation, the passages of a group together. By
+        `weights` passages of another source count less.
 
         Raises ValueError for fewer than two labels or lengths that differ.
         """
-        if len(texts) != len(labels) or (groups is not None and len(groups) != len(texts)):
-            raise ValueError(f"{len(texts)} texts but {len(labels)} labels, or groups of another length")
+        if any(len(one) != len(texts) for one in (labels, groups, weights) if one is not None):
+            raise ValueError(f"{len(texts)} texts but {len(labels)} labels, or groups or weights of another length")
         if len(set(labels)) < 2:
             raise ValueError("a tagger needs passages of two labels or more")
         self.names = tuple(sorted(set(labels)))
         truth = np.array([self.names.index(label) for label in labels])
-        passages = np.array(texts, dtype=object)
+        passages, counts = np.array(texts, dtype=object), np.ones(len(texts)) if weights is None else np.array(weights)
         outputs = np.full((len(texts), len(self.names)), -1.0)
         parts = (StratifiedKFold if groups is None else StratifiedGroupKFold)(3, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
@@ -68,22 +74,25 @@ class SectionTagger:
             folds = list(parts.split(passages, truth, groups)) if len(texts) >= 30 else []
         for learn, held in folds:
             if len(set(truth[learn])) > 2:
-                known = self._learn(passages[learn], truth[learn], seed)
+                known = self._learn(passages[learn], truth[learn], counts[learn], seed)
                 outputs[np.ix_(held, known)] = self._outputs(passages[held])
         tried = np.geomspace(0.5, 16, 26)
-        losses = [-np.log(_softmax(outputs * sharp)[np.arange(len(truth)), truth]).mean() for sharp in tried]
+        losses = [-np.log(_softmax(outputs * sharp)[np.arange(len(truth)), truth]) @ counts for sharp in tried]
         self._sharpness = float(tried[int(np.argmin(losses))]) if folds else 3.0
-        self._learn(passages, truth, seed)
+        self._learn(passages, truth, counts, seed)
         return self
 
-    def _learn(self, texts: Passages, truth: NDArray[np.integer], seed: int) -> NDArray[np.integer]:
+    def _learn(
+        self, texts: Passages, truth: NDArray[np.integer], counts: NDArray[np.floating], seed: int
+    ) -> NDArray[np.integer]:
         self._seen = _vectorizers()
         for name, seen in self._seen.items():
             seen.fit(_clues(texts) if name == "clues" else texts)
-        known, counts = np.unique(truth, return_counts=True)
-        rare = dict(zip(known.tolist(), np.sqrt(counts.mean() / counts).tolist(), strict=True))  # halfway to balanced
-        svm = LinearSVC(C=1.0, class_weight=rare, max_iter=3000, tol=1e-3, random_state=seed)
-        svm.fit(self._features(texts), truth)
+        known, places = np.unique(truth, return_inverse=True)
+        sizes = np.bincount(places, counts)
+        rare = np.sqrt(sizes.mean() / sizes)[places]  # halfway to balanced
+        svm = LinearSVC(C=1.0, max_iter=3000, tol=1e-3, random_state=seed)
+        svm.fit(self._features(texts), truth, sample_weight=counts * rare)
         weights = np.column_stack([svm.coef_, svm.intercept_]).astype(np.float32)
         self._weights = weights if len(weights) > 1 else np.vstack([-weights, weights])
         return np.asarray(known)

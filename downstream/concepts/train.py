@@ -38,6 +38,7 @@ from pretrain.run import Trained, hashed
 OTHER = "other"
 LEAST = 10  # passages of a kind of section
 PASSAGES = 200  # under headings, from which a tagger of sections is learned
+OTHERS = 0.1  # what a passage of other notes counts where there are enough of the annotated ones
 
 
 class ConceptsTask(Section):
@@ -145,11 +146,12 @@ def _show_counts(examples: Examples) -> None:
 
 def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note]) -> SectionTagger | None:
     """Learned from what stands under the headings of all notes at hand; None where that is little."""
-    texts = [note.text for note in notes]
+    texts = dict.fromkeys(note.text for note in notes)
+    own = len(texts)
     if recipe.sections:
-        texts += [cells[0] for cells in rows(recipe.sections, [recipe.text])]
+        texts |= dict.fromkeys(cells[0] for cells in rows(recipe.sections, [recipe.text]))
     passages, labels, groups = [], [], []
-    for number, text in enumerate(dict.fromkeys(texts)):
+    for number, text in enumerate(texts):
         for section in sections.find(text):
             body = text[section.heading[1] if section.heading else section.start : section.end].strip()
             if section.heading and section.label != OTHER and body:
@@ -162,4 +164,7 @@ def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note]) -> SectionTagger | No
         logs.say(f"{len(kept):,} passages under headings: too few to learn what sections without heading look like")
         return None
     logs.say(f"learning sections from {len(kept):,} passages under headings")
-    return SectionTagger().fit([passages[i] for i in kept], [labels[i] for i in kept], [groups[i] for i in kept])
+    little = OTHERS if sum(groups[i] < own for i in kept) >= PASSAGES else 1.0
+    weights = [1.0 if groups[i] < own else little for i in kept]
+    kept_of = lambda one: [one[i] for i in kept]  # noqa: E731
+    return SectionTagger().fit(kept_of(passages), kept_of(labels), kept_of(groups), weights)

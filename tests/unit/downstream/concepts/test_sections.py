@@ -226,6 +226,8 @@ def test_tagger_refuses() -> None:
         SectionTagger().fit(["a", "b"], ["x", "x"])
     with pytest.raises(ValueError, match="2 texts but 1 labels"):
         SectionTagger().fit(["a", "b"], ["x"])
+    with pytest.raises(ValueError, match="weights of another length"):
+        SectionTagger().fit(["a", "b"], ["x", "y"], weights=[1.0])
     for use in (SectionTagger().save, lambda: SectionTagger().predict(["a"])):
         with pytest.raises(ValueError, match="not fitted"):
             use()

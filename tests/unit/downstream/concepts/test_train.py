@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster import config
 from cluster.errors import ConfigError, DataError, StorageError
 from downstream import finetune, work
 from downstream.concepts import annotate, reader, schema, train
@@ -223,3 +224,17 @@ def test_sections_are_learned_from_what_stands_under_headings(folder: Path) -> N
     [note] = schema.read(f"{folder}/new.jsonl")
     assert note.spans[0].section == note.sections[0].label == "social_history"
     assert note.sections[0].source == "learned"
+
+
+def test_where_the_annotated_notes_say_enough_of_sections_the_others_count_little(folder: Path) -> None:
+    smokes, rash = "He smokes a pack a day", "Penicillin gives him a rash"
+    here = f"SOCIAL HISTORY: {smokes} {{0}}. ALLERGIES: {rash} {{0}}."
+    there = f"ALLERGIES: {smokes} {{0}}. SOCIAL HISTORY: {rash} {{0}}."
+    rows = "\n".join(f'{i},"{there.format(i)}"' for i in range(300))
+    (folder / "headed.csv").write_text(f"id,text\n{rows}\n")
+    said = ["corpus=unread", f"sections={folder}/headed.csv", f"out={folder}/reader"]
+    recipe = config.load(train.ConceptsRecipe, ["recipes/concepts/train.toml", *said])
+    for count, label in ((150, "social_history"), (20, "allergies")):
+        tagger = train._tagger(recipe, [Note(doc_id=str(i), text=here.format(i)) for i in range(count)])
+        assert tagger
+        assert tagger.predict([f"{smokes} 1"])[0][0] == label
