@@ -3,8 +3,8 @@
     CHARTLM_DATA=DATA .venv/bin/python benchmarks/downstream.py work=DIR [workers=2] [patients=1500]
 
 1. open text → shards → a small Transformer-XL (recipes/open-text). No report that is tested is in it.
-2. specialty and mention status of MTSamples, 200 labels and all, five folds; the model has read the reports of the
-   other folds ([lm]), without labels.
+2. specialty and mention status of MTSamples, 200 labels and all, five folds; for the status the model has read the
+   reports of the other folds ([lm]), without labels.
 3. a synthetic hospital: pretrained on the notes of the training patients, readmission from discharge summaries.
 
 Every row stays in the tables, also where a bar wins. Interrupted, the same command goes on from what stands in `work`.

@@ -41,7 +41,7 @@ from downstream.tasks.examples import Example
 STRENGTHS = (1.0, 10.0, 100.0)  # inverse regularization C
 MANY = 1000  # notes
 SCALES = (0.0, 0.3, 1.0, 2.0)  # of the states
-TIE = 0.005  # macro-F1
+TIE = 0.005  # of the score: states that gain no more are left out
 BESIDE = (16, 64)  # tokens on each side of a mention over which states are averaged
 NEAR, FAR = 15, 60  # words on each side of a mention
 STEPS = np.linspace(0, 1, 9)  # of the place in the note
@@ -208,7 +208,7 @@ class Frozen:
         """Probabilities [N, K]."""
         return self.of_features(_joined(self.blocks(examples, states_NP), float(self.arrays["scale"])))
 
-    def of_features(self, features: sparse.csr_matrix) -> Floats:
+    def of_features(self, features: sparse.csr_matrix | Floats) -> Floats:
         """Probabilities [N, K] of rows of features."""
         logits_NK = features @ self.arrays["weight"].T + self.arrays["bias"]
         if self.arrays["several"]:
@@ -245,8 +245,9 @@ def fit(
     patients = [example.patient_id for example in (*train[0], *valid[0])]
     scales = SCALES if "states" in settings.features and len(both) > 1 else (1.0,)
     tried = {scale: chosen(_joined(both, scale), labels, patients, STRENGTHS, seed) for scale in scales}
-    enough = max(score for _, score in tried.values()) - TIE  # of nearly equal ones the least
-    scale = next(scale for scale in scales if tried[scale][1] >= enough)
+    scale = max(tried, key=lambda one: tried[one][1])
+    if 0.0 in tried and tried[0.0][1] >= tried[scale][1] - TIE:
+        scale = 0.0
     strength = tried[scale][0]
     features = {name: _joined(found, scale) for name, found in blocks.items()}
     said = Frozen(settings, regress(features["train"], train[2], strength)).of_features(features["valid"])
@@ -262,6 +263,7 @@ def chosen(
     some hundred labels a fifth of them alone is a bad guide.
     """
     strata = labels if labels.ndim == 1 else labels.argmax(1)
+    rows = _spanned(features)[0] if _few(features) else features
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer notes than folds
         cutter = StratifiedGroupKFold(5 if len(labels) < MANY else 3, shuffle=True, random_state=seed)
@@ -270,8 +272,8 @@ def chosen(
     for strength in strengths:
         said = []
         for learned, left in cuts:
-            model = Frozen(FrozenConfig(), regress(features[learned], labels[learned], strength))
-            said.append(model.of_features(features[left]))
+            model = Frozen(FrozenConfig(), regress(rows[learned], labels[learned], strength))
+            said.append(model.of_features(rows[left]))
         if len({one.shape[1] for one in said}) > 1:
             return strength, 0.0  # a class is missing in a fold: too few notes to choose
         order = np.concatenate([left for _, left in cuts])
@@ -280,12 +282,13 @@ def chosen(
     return best, scores[best]
 
 
-def regress(features: sparse.csr_matrix, labels: Ints, strength: float) -> dict[str, Any]:
+def regress(features: sparse.csr_matrix | Floats, labels: Ints, strength: float) -> dict[str, Any]:
     """`weight`, `bias` and `several` of a balanced logistic regression."""
-    one = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000, tol=1e-4)
-    if few := len(labels) < min(MANY, features.shape[1]):  # the weights lie in what the rows span
+    one = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000, tol=1e-3)
+    if few := _few(features):
         wide = features
         features, base_NR = _spanned(wide)
+        one.tol = 1e-4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         if labels.ndim == 2:
@@ -299,11 +302,18 @@ def regress(features: sparse.csr_matrix, labels: Ints, strength: float) -> dict[
     return {"weight": weight, "bias": bias, "several": np.array(labels.ndim == 2)}
 
 
-def _spanned(features: sparse.csr_matrix) -> tuple[Floats, Floats]:
+def _few(features: sparse.csr_matrix | Floats) -> bool:
+    return bool(features.shape[0] < min(MANY, features.shape[1]))
+
+
+def _spanned(features: sparse.csr_matrix | Floats) -> tuple[Floats, Floats]:
     """The rows [N, R] in an orthonormal base of what they span, and that base [N, R] as sums of rows. Products of rows
     stay, and with them the regression: with a hundred words for every note it is found many times as fast.
     """
-    values_R, vectors_NR = np.linalg.eigh((features @ features.T).toarray())
+    if isinstance(features, np.ndarray):
+        values_R, vectors_NR = np.linalg.eigh(features @ features.T)
+    else:
+        values_R, vectors_NR = np.linalg.eigh((features @ features.T).toarray())
     kept = values_R > 1e-10 * values_R[-1]
     root_R = np.sqrt(values_R[kept])
     return vectors_NR[:, kept] * root_R, vectors_NR[:, kept] / root_R

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -31,16 +32,20 @@ class States:
     def __init__(self, models: Sequence[Trained]):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.models = [trained.with_model(trained.model.to(device)) for trained in models]
+        # At a time, for the operations of one are too small to be worth several cores.
+        threads = max(1, torch.get_num_threads() // len(models))
+        self._pool = ThreadPoolExecutor(len(models), "states", torch.set_num_threads, (threads,))
 
     def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> Floats:
         """[N, P]: for every span of the text (they may overlap) the states of every model, side by side."""
-        found = []
-        for trained in self.models:
-            tokens, places = _tokens_at(trained, text, spans)
-            if trained.backward:
-                tokens, places = tokens[::-1].copy(), [(len(tokens) - b, len(tokens) - a) for a, b in places]
-            found.append(_states(trained, tokens, places))
-        return np.concatenate(found, 1)
+        return np.concatenate(list(self._pool.map(lambda trained: _read(trained, text, spans), self.models)), 1)
+
+
+def _read(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> Floats:
+    tokens, places = _tokens_at(trained, text, spans)
+    if trained.backward:
+        tokens, places = tokens[::-1].copy(), [(len(tokens) - b, len(tokens) - a) for a, b in places]
+    return _states(trained, tokens, places)
 
 
 def _tokens_at(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, Places]:
