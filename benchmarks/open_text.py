@@ -71,14 +71,10 @@ def write_unread(data: Path, out: Path) -> dict[str, int]:
     of MTS-Dialog's validation set (they are from MTSamples). Returns how many rows of each.
     """
     out.mkdir(parents=True, exist_ok=True)
-    asked = _asked(data)
+    train = _rows(data / "mts_dialog/MTS-Dialog-TrainingSet.csv")
+    passages = [row[part] for row in train for part in ("section_text", "dialogue")]
     rows = [("mtsamples", report) for report in reports_unread(data)]
-    passages = [
-        row[part]
-        for row in _rows(data / "mts_dialog/MTS-Dialog-TrainingSet.csv")
-        for part in ("section_text", "dialogue")
-    ]
-    rows += [("mts_dialog", passage) for passage in passages if passage and not _holds(passage, asked)]
+    rows += [("mts_dialog", passage) for passage in _unread(passages, data)]
     rows += _wikipedia(data)
     _csv(out / "open.csv", ["patient", "text"], ((f"open-{kind}-{n}", text) for n, (kind, text) in enumerate(rows)))
     return dict(Counter(kind for kind, _ in rows))
@@ -86,18 +82,18 @@ def write_unread(data: Path, out: Path) -> dict[str, int]:
 
 def reports_unread(data: Path) -> list[str]:
     """Every distinct report of MTSamples that holds no passage of MTS-Dialog's validation set."""
-    asked = _asked(data)
-    reports = dict.fromkeys(row["transcription"].strip() for row in _rows(data / "mtsamples/mtsamples.csv"))
-    return [report for report in reports if report and not _holds(report, asked)]
+    reports = [row["transcription"].strip() for row in _rows(data / "mtsamples/mtsamples.csv")]
+    return _unread(dict.fromkeys(reports), data)
 
 
-def _asked(data: Path) -> list[set[str]]:
-    return [_runs(row["section_text"].lower()) for row in _rows(data / "mts_dialog/MTS-Dialog-ValidationSet.csv")]
-
-
-def _holds(text: str, passages: Sequence[set[str]]) -> bool:
-    runs = _runs(text.lower())
-    return any(5 * len(passage & runs) >= len(passage) > 0 for passage in passages)
+def _unread(texts: Iterable[str], data: Path) -> list[str]:
+    asked = [_runs(row["section_text"].lower()) for row in _rows(data / "mts_dialog/MTS-Dialog-ValidationSet.csv")]
+    found = []
+    for text in texts:
+        runs = _runs(text.lower())
+        if text and not any(5 * len(passage & runs) >= len(passage) > 0 for passage in asked):
+            found.append(text)
+    return found
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

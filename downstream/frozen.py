@@ -54,7 +54,9 @@ class FrozenConfig(Section):
     features: tuple[Literal["states", "words", "topics", "place"], ...] = Field(
         ("states", "words", "topics", "place"), min_length=1
     )
-    topics: int = Field(150, ge=2, description="of each view of the note")
+    topics: int | None = Field(
+        None, ge=2, description="of each view; if not given 150 of a whole note, 300 beside a mention"
+    )
 
 
 @torch.no_grad()
@@ -332,7 +334,7 @@ def _learn_blocks(
         views = _views([*labelled, *unlabelled])
         for view, texts in enumerate(views):
             words = Words.fit(texts, 2)
-            axes = min(settings.topics, len(words.terms) - 1, len(texts) - 1)
+            axes = min(settings.topics or (150 if len(views) == 1 else 300), len(words.terms) - 1, len(texts) - 1)
             found = TruncatedSVD(axes, random_state=seed).fit(words(texts))
             arrays |= {f"topic{view}_terms": words.terms, f"topic{view}_idf": words.idf}
             axes_TW = found.components_

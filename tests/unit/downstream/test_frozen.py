@@ -11,8 +11,6 @@ from downstream.frozen import FrozenConfig
 from downstream.tasks.examples import Example
 
 WORDS = {0: "heart valve artery", 1: "knee femur tendon", 2: "retina lens cornea"}
-
-
 USUAL = ["alpha", "beta", "gamma", "delta", "kappa"]
 
 
