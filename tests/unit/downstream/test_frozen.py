@@ -69,3 +69,13 @@ def test_states_that_say_nothing_are_left_out_and_those_that_say_all_are_used() 
         said, _, about = frozen.fit(settings, data, [], 1)
         assert (about["scale"] == 0.0) is none
         assert (said["test"].argmax(1) == labels[:30]).mean() > 0.9
+
+
+def test_of_a_whole_note_there_are_fewer_topics_than_beside_a_mention() -> None:
+    random = np.random.default_rng(5)
+    words = [f"word{n}" for n in range(400)]
+    texts = [" ".join(random.choice(words, 40)) for _ in range(350)]
+    for mentions, count in (((), 150), (((140, 145),), 300)):
+        examples = [Example(str(n), f"p{n}", text, 0, mentions) for n, text in enumerate(texts)]
+        arrays = frozen._learn_blocks(FrozenConfig(features=("topics",)), examples, np.zeros((350, 0)), [], 1)
+        assert len(arrays["topic0_axes"]) == count
