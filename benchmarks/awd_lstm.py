@@ -203,7 +203,7 @@ def allocate_as(name: str) -> None:
         return
     if name.startswith("chartlm"):
         memory.keep_freed.cache_clear()  # the other side has set it since
-        memory.keep_freed("train")
+        memory.keep_freed()
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 65536)  # M_MMAP_MAX

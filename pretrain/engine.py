@@ -80,7 +80,7 @@ class Workers:
         if on_gpu:
             torch.cuda.set_device(self.device)
         else:
-            memory.keep_freed("train")
+            memory.keep_freed()
         backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_seconds)
         if self._owns_group and "MASTER_ADDR" not in os.environ:
             if self.world > 1:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster import memory, storage
+from cluster import storage
 from cluster.errors import StorageError
 from sharding import dedup, stats
 from sharding.clean import CleanConfig, clean_notes
@@ -72,7 +72,6 @@ def read_block(
 
     `compare` says what later steps ask of the text: nothing, its digest, or its sketch too.
     """
-    memory.keep_freed("read")
     parsed = reader.parse(block)
     words = clean_notes(parsed.notes.column("text").combine_chunks(), cleaning)
     hashes = dedup.word_hashes(words.vocabulary)
@@ -223,7 +222,6 @@ def encode(
 
     `shard` and `place` say, per note of the part, which shard it goes to (-1: it does not stay) and where in it.
     """
-    memory.keep_freed("encode")
     tokenizer = _tokenizer(output, *model)
     rows = np.lexsort((place, shard))[int((shard < 0).sum()) :]
     chosen = pa.array(rows)
@@ -263,7 +261,6 @@ def encode(
 
 def pack(output: str, work: str, name: str, sources: Sequence[tuple[int, int]], model: ModelKey) -> dict[str, Any]:
     """Writes one shard from the record batches (part, number) that go into it, then its sidecar."""
-    memory.keep_freed("pack")
     tokenizer = _tokenizer(output, *model)
     tables = [pa.Table.from_batches([_batch(_url(work, index, "tokens"), number)]) for index, number in sources]
     notes = pa.concat_tables(tables).combine_chunks()

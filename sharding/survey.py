@@ -56,7 +56,8 @@ def survey(
     notes = pa.concat_tables([nothing, *tables]).combine_chunks()
     del tables  # and with them the files they are maps of
     numbers = notes.column("record").to_numpy() + np.repeat(firsts[:-1], lengths) + 1
-    _check_unique(pc.coalesce(notes.column("doc_id"), pa.array(numbers).cast(pa.string())))
+    names = notes.column("doc_id")
+    _check_unique(pc.coalesce(names, pa.array(numbers).cast(pa.string())) if names.null_count else names)
     digests = _words_of(notes.column("digest").combine_chunks())
     drops: Counter[str] = Counter()
     keep = np.ones(len(notes), bool)

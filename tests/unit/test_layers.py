@@ -12,7 +12,7 @@ DOORS = {
     "fsspec": ("cluster/storage.py",),
     "deepspeed": ("pretrain/engine.py",),
     "sentencepiece": ("sharding/tokenizer.py",),
-    "pyarrow": ("sharding/", "downstream/"),
+    "pyarrow": ("sharding/", "downstream/", "cluster/arrow.py"),
     "torch": ("pretrain/", "downstream/"),
 }
 DRAWERS = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
