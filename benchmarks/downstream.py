@@ -5,7 +5,8 @@
 1. open text → shards → a small Transformer-XL (recipes/open-text). No report that is tested is in it.
 2. specialty and mention status of MTSamples, 200 labels and all, five folds; for the status the model has read the
    reports of the other folds ([lm]), without labels.
-3. a synthetic hospital: pretrained on the notes of the training patients, readmission from discharge summaries.
+3. synthetic hospitals: pretrained on the notes of one, readmission from the discharge summaries of another, 200 of them
+   labelled and all, five folds.
 
 Every row stays in the tables, also where a bar wins. Interrupted, the same command goes on from what stands in `work`.
 """
@@ -32,6 +33,7 @@ from cluster import cli  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {"work": "", "workers": 2, "patients": 1500, "only": ""}
 FEW = 200
+ASKED_SEED = 3  # of the hospital that is asked; settings were tried on that of seed 2
 ROWS = ("model", "scratch", "baseline", "untold", "majority")
 
 
@@ -72,18 +74,26 @@ def of_open_text(work: Path, workers: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def of_hospital(work: Path, patients: int) -> dict[str, Any]:
-    """Readmission in a synthetic hospital."""
-    hospital, run = work / "hospital", work / "runs/hospital"
+def of_hospital(work: Path, patients: int, workers: int) -> dict[str, dict[str, Any]]:
+    """Readmission in a synthetic hospital, by few labels and by all, with the language model of another."""
+    hospital, asked, run = work / "hospital", work / f"hospital-{ASKED_SEED}", work / "runs/hospital"
     demo = HERE / "recipes/demo"
     if not (hospital / "NOTEEVENTS.csv.gz").exists():
         verb("hospital", str(demo / "hospital.toml"), f"out={hospital}", f"patients={patients}")
+    if not (asked / "NOTEEVENTS.csv.gz").exists():
+        verb("hospital", str(demo / "hospital.toml"), f"out={asked}", f"patients={patients}", f"seed={ASKED_SEED}")
     if not (run / "shards/manifest.json").exists():
         files = [f"input={hospital}/NOTEEVENTS.csv.gz", f"output={run}/shards"]
         verb("shard", str(demo / "shard.toml"), *files)
     pretrain = [f"run_dir={run}", f"data.corpus={run}/shards", "cluster.workers=0", "tracking.wandb=disabled"]
     verb("pretrain", str(demo / "awd_lstm.toml"), *pretrain)
-    return finetuned("recipes/demo/finetune.toml", work / "readmission", f"run={run}", f"task.tables={hospital}")
+    keys = [f"run={run}", f"task.tables={asked}", "others=true", "mode=frozen", "seeds=[1]", "folds=5"]
+    return {
+        f"readmission_{size}": finetuned(
+            "recipes/demo/finetune.toml", work / f"readmission-{size}", *keys, *labels, f"workers={workers}"
+        )
+        for size, labels in (("200", [f"labels={FEW}"]), ("full", []))
+    }
 
 
 def table(title: str, results: dict[str, dict[str, Any]], metric: str) -> None:
@@ -121,12 +131,15 @@ def main() -> None:
             line[f"tfidf_{task}_f1_full"] = round(100 * found[f"{task}_full"]["baseline_macro_f1"], 1)
         line["untold_status_f1_200"] = round(100 * found["status_200"]["untold_macro_f1"], 1)
     if given["only"] != "open-text":
-        hospital = of_hospital(work, given["patients"])
-        table("synthetic hospital, readmission", {"readmission": hospital}, "auroc")
-        for name, prefix in (("baseline", "difference_"), ("scratch", "difference_scratch_")):
-            key = "auroc_gain_over_tfidf" if name == "baseline" else "auroc_gain_over_scratch"
-            line[key] = round(hospital[f"{prefix}auroc"], 4)
-            line[f"{key}_interval"] = [round(hospital[f"{prefix}auroc_{end}"], 4) for end in ("low", "high")]
+        hospital = of_hospital(work, given["patients"], given["workers"])
+        table("synthetic hospital, readmission", hospital, "auroc")
+        for size, end in (("200", ""), ("full", "_full")):
+            one = hospital[f"readmission_{size}"]
+            for name, prefix in (("tfidf", "difference_auroc"), ("scratch", "difference_scratch_auroc")):
+                line[f"auroc_gain_over_{name}{end}"] = round(one[prefix], 4)
+                line[f"auroc_gain_over_{name}{end}_interval"] = [
+                    round(one[f"{prefix}_{at}"], 4) for at in ("low", "high")
+                ]
     line["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(json.dumps(line))
 

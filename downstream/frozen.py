@@ -6,8 +6,9 @@
     place    how far into the note a mention stands
 
 Each is a block of unit length, so that one regularization fits all; how much the states count is chosen with it, by
-cross-validation: beside a mention a small model says more than the words, of a whole note less. `features` says which
-blocks there are, and a run with ["states"] shows what they are worth.
+cross-validation: beside a mention a small model says more than the words, of a whole note less. So is, for whole notes,
+what the first axes of topics count beside the others (`_spread`). `features` says which blocks there are, and a run
+with ["states"] shows what they are worth.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import scipy.sparse as sparse
 import torch
 from pydantic import Field
+from scipy.linalg import eigh
 from sklearn.decomposition import TruncatedSVD
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -38,10 +40,14 @@ from downstream.metrics import Floats, Ints, selection
 from downstream.reading import Note
 from downstream.tasks.examples import Example
 
-STRENGTHS = (1.0, 10.0, 100.0)  # inverse regularization C
+STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # inverse regularization C
 MANY = 1000  # notes
 SCALES = (0.0, 0.3, 1.0, 2.0)  # of the states
 TIE = 0.005  # of the score: states that gain no more are left out
+TOPICS, TOPICS_BESIDE = 150, 300  # of a whole note, beside a mention
+ENOUGH = 2000  # notes, of those with and without labels, to choose the spread of topics by
+REPEATS = 3  # of the folds, for fewer than MANY
+SPREADS = (1.0, 0.0, -1.0)  # of topics: every axis alike, as LSA has them, the first above all
 BESIDE = (16, 64)  # tokens on each side of a mention over which states are averaged
 NEAR, FAR = 15, 60  # words on each side of a mention
 STEPS = np.linspace(0, 1, 9)  # of the place in the note
@@ -240,13 +246,14 @@ def fit(
     seen it) and of `test`, the model, and what was chosen.
     """
     train, valid = data["train"], data["valid"]
-    arrays = _learn_blocks(settings, [*train[0], *valid[0]], np.concatenate([train[1], valid[1]]), unlabelled, seed)
+    labelled, labels = [*train[0], *valid[0]], np.concatenate([train[2], valid[2]])
+    spread, strengths = _spread(settings, labelled, labels, unlabelled, seed)
+    arrays = _learn_blocks(settings, labelled, np.concatenate([train[1], valid[1]]), unlabelled, spread, seed)
     blocks = {name: Frozen(settings, arrays).blocks(examples, states) for name, (examples, states, _) in data.items()}
     both = {kind: sparse.vstack([blocks["train"][kind], blocks["valid"][kind]]) for kind in blocks["train"]}
-    labels = np.concatenate([train[2], valid[2]])
-    patients = [example.patient_id for example in (*train[0], *valid[0])]
+    patients = [example.patient_id for example in labelled]
     scales = SCALES if "states" in settings.features and len(both) > 1 else (1.0,)
-    tried = {scale: chosen(_joined(both, scale), labels, patients, STRENGTHS, seed) for scale in scales}
+    tried = {scale: chosen(_joined(both, scale), labels, patients, strengths, seed) for scale in scales}
     scale = max(tried, key=lambda one: tried[one][1])
     if 0.0 in tried and tried[0.0][1] >= tried[scale][1] - TIE:
         scale = 0.0
@@ -254,7 +261,7 @@ def fit(
     features = {name: _joined(found, scale) for name, found in blocks.items()}
     said = Frozen(settings, regress(features["train"], train[2], strength)).of_features(features["valid"])
     model = Frozen(settings, {**arrays, "scale": np.array(scale), **regress(_joined(both, scale), labels, strength)})
-    about = {"strength": strength, "scale": scale}
+    about = {"strength": strength, "scale": scale, "spread": spread}
     return {"valid": said, "test": model.of_features(features["test"])}, model, about
 
 
@@ -264,12 +271,8 @@ def chosen(
     """The C with the best score of predictions out of five folds by patient (three of many notes), and that score: with
     some hundred labels a fifth of them alone is a bad guide.
     """
-    strata = labels if labels.ndim == 1 else labels.argmax(1)
     rows = _spanned(features)[0] if _few(features) else features
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class with fewer notes than folds
-        cutter = StratifiedGroupKFold(5 if len(labels) < MANY else 3, shuffle=True, random_state=seed)
-        cuts = list(cutter.split(strata, strata, patients))
+    cuts = _cuts(labels, patients, seed)
     scores = {}
     for strength in strengths:
         said = []
@@ -282,6 +285,59 @@ def chosen(
         scores[strength] = selection(labels[order], np.concatenate(said))
     best = max(scores, key=lambda one: scores[one])
     return best, scores[best]
+
+
+def _cuts(labels: Ints, patients: Sequence[str], seed: int) -> list[tuple[Ints, Ints]]:
+    strata = labels if labels.ndim == 1 else labels.argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class with fewer notes than folds
+        cutter = StratifiedGroupKFold(5 if len(labels) < MANY else 3, shuffle=True, random_state=seed)
+        return list(cutter.split(strata, strata, patients))
+
+
+def _spread(
+    settings: FrozenConfig, labelled: Sequence[Example], labels: Ints, unlabelled: Sequence[Example], seed: int
+) -> tuple[float, Sequence[float]]:
+    """How topics of whole notes are spread, and the C to go with it: those with the best score, with words, of
+    predictions out of folds. Kinds of operations are told apart by axes that few notes have, how a patient will fare by
+    the first few. Topics are learned anew for every fold, without its notes: seen from inside, axes of few notes are
+    those notes.
+    """
+    if "topics" not in settings.features or any(example.mentions for example in labelled):
+        return 0.0, STRENGTHS
+    drawn = np.random.default_rng(seed)
+    kept = np.sort(drawn.permutation(len(labelled))[:ENOUGH])
+    others = [unlabelled[i] for i in np.sort(drawn.permutation(len(unlabelled))[:ENOUGH])]
+    labels, notes = labels[kept], [labelled[i] for i in kept]
+    texts = _views([*notes, *others])[0]
+    terms_NW = Words.fit(texts, 2)(texts)
+    products_NN = (terms_NW @ terms_NW.T).toarray()
+    patients = np.array([example.patient_id for example in (*notes, *others)])
+    words_NW = [Words.fit(texts[: len(notes)], 2)(texts[: len(notes)])] if "words" in settings.features else []
+    said: dict[tuple[float, float], list[Floats]] = {(spread, c): [] for spread in SPREADS for c in STRENGTHS}
+    # Of a few hundred labels one cut is a bad guide.
+    repeats = range(REPEATS if len(labels) < MANY else 1)
+    cuts = [cut for repeat in repeats for cut in _cuts(labels, patients[: len(notes)].tolist(), seed + repeat)]
+    for learned, left in cuts:
+        inside = np.flatnonzero(~np.isin(patients, patients[left]))
+        axes = min(settings.topics or TOPICS, len(inside) - 1)
+        # The axes themselves are not needed: notes are told by their products with those that axes are sums of.
+        values_T, vectors_NT = eigh(
+            products_NN[np.ix_(inside, inside)], subset_by_index=(len(inside) - axes, len(inside) - 1)
+        )
+        found_T = np.sqrt(np.maximum(values_T, 1e-12))
+        topics_NT = products_NN[: len(notes), inside] @ vectors_NT / found_T
+        for spread in SPREADS:
+            rows = sparse.hstack([*words_NW, sparse.csr_matrix(normalize(topics_NT / found_T**spread))]).tocsr()
+            for c in STRENGTHS:
+                said[spread, c].append(
+                    Frozen(settings, regress(rows[learned], labels[learned], c)).of_features(rows[left])
+                )
+    if any(len({one.shape[1] for one in some}) > 1 for some in said.values()):
+        return 0.0, STRENGTHS  # a class is missing in a fold: too few notes to choose
+    truth = labels[np.concatenate([left for _, left in cuts])]
+    spread, strength = max(said, key=lambda key: selection(truth, np.concatenate(said[key])))
+    return spread, (strength,)
 
 
 def regress(features: sparse.csr_matrix | Floats, labels: Ints, strength: float) -> dict[str, Any]:
@@ -322,7 +378,12 @@ def _spanned(features: sparse.csr_matrix | Floats) -> tuple[Floats, Floats]:
 
 
 def _learn_blocks(
-    settings: FrozenConfig, labelled: Sequence[Example], states_NP: Floats, unlabelled: Sequence[Example], seed: int
+    settings: FrozenConfig,
+    labelled: Sequence[Example],
+    states_NP: Floats,
+    unlabelled: Sequence[Example],
+    spread: float,
+    seed: int,
 ) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     if "states" in settings.features:
@@ -334,13 +395,12 @@ def _learn_blocks(
         views = _views([*labelled, *unlabelled])
         for view, texts in enumerate(views):
             words = Words.fit(texts, 2)
-            axes = min(settings.topics or (150 if len(views) == 1 else 300), len(words.terms) - 1, len(texts) - 1)
+            axes = min(
+                settings.topics or (TOPICS if len(views) == 1 else TOPICS_BESIDE), len(words.terms) - 1, len(texts) - 1
+            )
             found = TruncatedSVD(axes, random_state=seed).fit(words(texts))
             arrays |= {f"topic{view}_terms": words.terms, f"topic{view}_idf": words.idf}
-            axes_TW = found.components_
-            if len(views) == 1:
-                # Equal spread on every axis: of a whole note the first few tell kinds of note, such as operations, from
-                # each other; beside a mention they are what is asked.
-                axes_TW = axes_TW / found.singular_values_[:, None]
-            arrays[f"topic{view}_axes"] = axes_TW.astype(np.float32)
+            arrays[f"topic{view}_axes"] = (found.components_ / found.singular_values_[:, None] ** spread).astype(
+                np.float32
+            )
     return arrays

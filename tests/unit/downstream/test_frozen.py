@@ -1,4 +1,4 @@
-"""The frozen mode: the same regression however it is found, topics of equal spread, states that must earn a place."""
+"""The frozen mode: one regression however it is found; topics spread as it serves; states that must earn a place."""
 
 from __future__ import annotations
 
@@ -43,14 +43,38 @@ def test_few_notes_with_many_features_give_the_same_regression() -> None:
         np.testing.assert_allclose(said[:, k], one.fit(features, several[:, k]).predict_proba(asked)[:, 1], atol=0.03)
 
 
-def test_topics_of_whole_notes_have_equal_spread_and_those_beside_a_mention_keep_theirs() -> None:
+def test_topics_are_spread_as_asked() -> None:
     settings = FrozenConfig(features=("topics",), topics=5)
-    for mention, even in ((False, True), (True, False)):
-        arrays = frozen._learn_blocks(settings, notes(60, mention), np.zeros((60, 0)), [], 1)
+    found = {}
+    for spread in frozen.SPREADS:
+        arrays = frozen._learn_blocks(settings, notes(60), np.zeros((60, 0)), [], spread, 1)
         words = frozen.Words(arrays["topic0_terms"], arrays["topic0_idf"])
-        texts = frozen._views(notes(60, mention))[0]
-        spread = np.linalg.norm(words(texts) @ arrays["topic0_axes"].T, axis=0)
-        assert np.allclose(spread, spread[0], rtol=1e-3) is even
+        found[spread] = np.linalg.norm(words(frozen._views(notes(60))[0]) @ arrays["topic0_axes"].T, axis=0)
+    np.testing.assert_allclose(found[1.0], 1, rtol=1e-3)
+    np.testing.assert_allclose(found[-1.0], found[0.0] ** 2, rtol=1e-3)
+
+
+def test_the_spread_of_topics_is_chosen_by_what_is_asked() -> None:
+    """Sixty signs that go together make the first axis; a pair of words of a class is far behind the kinds of note."""
+    settings = FrozenConfig(features=("topics",), topics=12)
+    signs, kinds = [], []
+    for n in range(240):
+        random = np.random.default_rng(n)
+        well = random.normal()
+        said = " ".join(f"{'good' if well + random.normal() > 0 else 'poor'}{i}" for i in range(60))
+        signs.append(Example(str(n), f"p{n}", said, int(well + 0.5 * random.normal() > 0)))
+        kind = random.integers(4)
+        usual = [f"kind{kind}x{i}" for i in random.choice(40, 25, replace=False)]
+        own = [f"class{n % 2}x{i}" for i in random.choice(16, 2, replace=False)]
+        kinds.append(Example(str(n), f"p{n}", " ".join([*usual, *own]), n % 2))
+    for examples, even in ((signs, False), (kinds, True)):
+        labels = np.array([one.label for one in examples[:60]])
+        assert (frozen._spread(settings, examples[:60], labels, examples[60:], 1)[0] == 1.0) is even
+
+
+def test_topics_beside_a_mention_keep_their_spread() -> None:
+    labels = np.array([one.label for one in notes(60)])
+    assert frozen._spread(FrozenConfig(), notes(60, mention=True), labels, [], 1)[0] == 0.0
 
 
 def test_states_that_say_nothing_are_left_out_and_those_that_say_all_are_used() -> None:
@@ -77,5 +101,5 @@ def test_of_a_whole_note_there_are_fewer_topics_than_beside_a_mention() -> None:
     texts = [" ".join(random.choice(words, 40)) for _ in range(350)]
     for mentions, count in (((), 150), (((140, 145),), 300)):
         examples = [Example(str(n), f"p{n}", text, 0, mentions) for n, text in enumerate(texts)]
-        arrays = frozen._learn_blocks(FrozenConfig(features=("topics",)), examples, np.zeros((350, 0)), [], 1)
+        arrays = frozen._learn_blocks(FrozenConfig(features=("topics",)), examples, np.zeros((350, 0)), [], 0.0, 1)
         assert len(arrays["topic0_axes"]) == count
