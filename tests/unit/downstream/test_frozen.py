@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import scipy.sparse as sparse
 from sklearn.linear_model import LogisticRegression
 
@@ -70,6 +71,14 @@ def test_the_spread_of_topics_is_chosen_by_what_is_asked() -> None:
     for examples, even in ((signs, False), (kinds, True)):
         labels = np.array([one.label for one in examples[:60]])
         assert (frozen._spread(settings, examples[:60], labels, examples[60:], 1)[0] == 1.0) is even
+
+
+def test_the_strength_is_chosen_with_the_spread_where_all_notes_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = FrozenConfig(features=("topics",), topics=5)
+    labels = np.array([one.label for one in notes(60)])
+    assert len(frozen._spread(settings, notes(60), labels, [], 1)[1]) == 1
+    monkeypatch.setattr(frozen, "ENOUGH", 50)
+    assert frozen._spread(settings, notes(60), labels, [], 1)[1] == frozen.STRENGTHS
 
 
 def test_topics_beside_a_mention_keep_their_spread() -> None:
