@@ -23,12 +23,15 @@ Advance = Callable[[float, str], None]
 
 
 _elsewhere: Callable[[str], None] | None = None
+_plain_every = PLAIN_EVERY_SECONDS
 
 
-def forward(to: Callable[[str], None]) -> None:
-    """From now on `say` hands its lines to `to`: a training worker has no terminal."""
-    global _elsewhere
-    _elsewhere = to
+def forward(to: Callable[[str], None], every: float = PLAIN_EVERY_SECONDS) -> None:
+    """From now on `say` hands its lines to `to`, and `progress` speaks every so many seconds: workers and tasks have no
+    terminal.
+    """
+    global _elsewhere, _plain_every
+    _elsewhere, _plain_every = to, every
 
 
 def say(line: str) -> None:
@@ -81,7 +84,7 @@ def progress(label: str, total: float) -> Iterator[Advance]:
         nonlocal spoken, first, last
         now, last = time.monotonic(), note
         first = first or (now, done)
-        if now - spoken >= PLAIN_EVERY_SECONDS and done > first[1]:
+        if now - spoken >= _plain_every and done > first[1]:
             spoken = now
             left = (now - first[0]) * (total - done) / (done - first[1])
             say(f"{label}: {100 * done / total:.0f}% {note}, {left:.0f} s left")

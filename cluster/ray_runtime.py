@@ -162,7 +162,7 @@ def _own_error(cause: BaseException | None, otherwise: BaseException) -> BaseExc
 
 
 class _Board:
-    """Lines from the workers of a run to its driver: an actor beside the driver, so a machine that dies takes none."""
+    """Lines from workers or tasks to their driver: an actor beside the driver, so a machine that dies takes none."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -173,6 +173,22 @@ class _Board:
     def take(self) -> list[str]:
         lines, self._lines = self._lines, []
         return lines
+
+
+def _board() -> Any:
+    return _on(ray.remote(num_cpus=0)(_Board), ray.get_runtime_context().get_node_id()).remote()
+
+
+def _tell(board: Any, line: str) -> None:
+    board.tell.remote(line)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[Callable[[str], None]]:
+    """What a task may take along to say lines here, while the context lasts."""
+    board = _board()
+    with _read_out(board):
+        yield functools.partial(_tell, board)
 
 
 def train_workers(
@@ -198,7 +214,7 @@ def train_workers(
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     import ray.train.torch  # takes torch along, which nobody else here needs
 
-    board = _on(ray.remote(num_cpus=0)(_Board), ray.get_runtime_context().get_node_id()).remote()
+    board = _board()
 
     class Losses(ray.train.UserCallback):  # type: ignore[misc]
         """Says which workers were lost, from Ray's controller."""

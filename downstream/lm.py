@@ -3,7 +3,8 @@ anything, all but those it will be tested on; labels play no part.
 
 The notes are those of the recipe's `lm.notes`, else the cohort's. What was learned is kept under
 RUN/finetune/lm/FINGERPRINT.safetensors, by checkpoint, settings and the very texts, so recipes that differ in labels or
-head share it, and a run that goes on does not learn it again.
+head share it, and a run that goes on does not learn it again. A reading that is interrupted goes on from where it stood
+up to five minutes before, with the same result.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import io
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +31,8 @@ from downstream.unfreezing import slanted_triangle
 from pretrain.heads import HEADS, nll
 from pretrain.models.dropout import Masks
 from pretrain.run import Trained
+
+SAVE_SECONDS = 300.0  # between two states that an interrupted reading goes on from
 
 
 class LmConfig(Section):
@@ -64,8 +68,9 @@ def tuned(trained: Trained, settings: LmConfig, texts: Sequence[str], seed: int)
     name = f"{_fingerprint(trained, settings, texts, seed)}.safetensors"
     place = place_of(trained, name)
     if not storage.exists(place):
-        weights = _tune(trained, settings, texts, seed)
+        weights = _tune(trained, settings, texts, seed, f"{place}.partial")
         storage.write_bytes(place, safetensors.torch.save({k: v.contiguous().clone() for k, v in weights.items()}))
+        storage.remove(f"{place}.partial")
     return name
 
 
@@ -102,7 +107,8 @@ def _lanes(notes: Sequence[np.ndarray], lanes: int, order: np.random.Generator, 
     return torch.from_numpy(joined[: length * lanes].astype(np.int64)).view(lanes, length)
 
 
-def _tune(trained: Trained, settings: LmConfig, texts: Sequence[str], seed: int) -> dict[str, Tensor]:
+def _tune(trained: Trained, settings: LmConfig, texts: Sequence[str], seed: int, partial: str) -> dict[str, Tensor]:
+    """The weights after reading `texts`. Interrupted, it goes on from `partial` as if it had not been."""
     notes = trained.tokenizer.encode(texts)
     tokens = sum(map(len, notes))
     if tokens < 2 * settings.lanes:
@@ -117,32 +123,47 @@ def _tune(trained: Trained, settings: LmConfig, texts: Sequence[str], seed: int)
         ],
         betas=(0.8, 0.99),
     )
-    steps = settings.epochs * -(-(tokens // settings.lanes - 1) // settings.bptt)
+    in_epoch = -(-(tokens // settings.lanes - 1) // settings.bptt)
+    steps = settings.epochs * in_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(slanted_triangle, steps=steps))
-    step, began, recent = 0, time.monotonic(), 0.0
-    with logs.progress("LM fine-tuning", settings.epochs * tokens) as show:
-        for epoch in range(settings.epochs):
-            order = np.random.default_rng([seed, epoch])
-            all_BT = _lanes(notes, settings.lanes, order, trained.backward).to(device)
-            carry = model.initial_carry(settings.lanes)
-            for start in range(0, all_BT.shape[1] - 1, settings.bptt):
-                tokens_BT = all_BT[:, start : start + settings.bptt]
-                targets_BT = all_BT[:, start + 1 : start + 1 + settings.bptt]
-                tokens_BT = tokens_BT[:, : targets_BT.shape[1]]
-                masks = Masks(seed, step, range(settings.lanes), device, settings.drop_scale)
-                hidden, carry = model(tokens_BT, carry, masks)
-                output_NE = hidden.output_BTE.flatten(0, 1)
-                loss = nll(HEADS["chunked"], output_NE, model.softmax(), targets_BT.flatten()) / targets_BT.numel()
-                if not torch.isfinite(loss):
-                    raise TrainingError(f"[lm], epoch {epoch + 1}: loss not finite; lower lm.lr")
-                optimizer.zero_grad()
-                (loss + model.penalty(hidden)).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-                optimizer.step()
-                schedule.step()
-                step += 1
-                recent = loss.item() if step == 1 else 0.95 * recent + 0.05 * loss.item()
-                rate = step * settings.lanes * settings.bptt / (time.monotonic() - began)
-                read = (epoch * all_BT.shape[1] + start) * settings.lanes
-                show(read, f"epoch {epoch + 1}/{settings.epochs}, loss {recent:.3f}, {rate:,.0f} tokens/s")
+    carry, recent, first = model.initial_carry(settings.lanes), 0.0, 0
+    if storage.exists(partial):
+        found = torch.load(io.BytesIO(storage.read_bytes(partial)), device, weights_only=True)
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        schedule.load_state_dict(found["schedule"])
+        carry, recent, first = found["carry"], found["recent"], found["step"]
+    began = saved = time.monotonic()
+    with logs.progress("LM fine-tuning", steps) as show:
+        for step in range(first, steps):
+            epoch, at = divmod(step, in_epoch)
+            if step == first or not at:
+                order = np.random.default_rng([seed, epoch])
+                all_BT = _lanes(notes, settings.lanes, order, trained.backward).to(device)
+            if not at:
+                carry = model.initial_carry(settings.lanes)
+            start = at * settings.bptt
+            targets_BT = all_BT[:, start + 1 : start + 1 + settings.bptt]
+            tokens_BT = all_BT[:, start : start + targets_BT.shape[1]]
+            masks = Masks(seed, step, range(settings.lanes), device, settings.drop_scale)
+            hidden, carry = model(tokens_BT, carry, masks)
+            output_NE = hidden.output_BTE.flatten(0, 1)
+            loss = nll(HEADS["chunked"], output_NE, model.softmax(), targets_BT.flatten()) / targets_BT.numel()
+            if not torch.isfinite(loss):
+                raise TrainingError(f"[lm], epoch {epoch + 1}: loss not finite; lower lm.lr")
+            optimizer.zero_grad()
+            (loss + model.penalty(hidden)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            schedule.step()
+            recent = 0.95 * recent + 0.05 * loss.item() if step else loss.item()
+            rate = (step + 1 - first) * settings.lanes * settings.bptt / (time.monotonic() - began)
+            show(step + 1, f"epoch {epoch + 1}/{settings.epochs}, loss {recent:.3f}, {rate:,.0f} tokens/s")
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+                states = {name: part.state_dict() for name, part in parts.items()}
+                kept = io.BytesIO()
+                torch.save({**states, "carry": carry, "recent": recent, "step": step + 1}, kept)
+                storage.write_bytes(partial, kept.getvalue())
+                saved = time.monotonic()
     return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ from pretrain.models import MODELS
 from pretrain.run import Trained
 
 SPLITS = ("train", "valid", "test")
+TASK_EVERY_SECONDS = 60.0  # between two lines of a task that runs beside others
+Tell = Callable[[str], None]
 
 
 def train_parts(work: Work) -> None:
@@ -45,33 +48,45 @@ def train_parts(work: Work) -> None:
     parts = [part for part in work.parts() if not storage.exists(part_file(work.out, part))]
     if not parts:
         return
+    names = [f"{part.name} of {len(work.folds)} folds" for part in parts]
+    if not recipe.workers:
+        with _counted("fine-tuning", names) as finished:
+            for index, part in enumerate(parts):
+                train_part(work, part)
+                finished(index)
+        return
     recipe_json = json.dumps(config.dump(recipe))
-    with logs.progress("fine-tuning", len(parts)) as show:
-        done = 0
+    ray_runtime.start(recipe.workers)
+    try:
+        with ray_runtime.told() as tell:
+            run = functools.partial(ray_runtime.map_tasks, in_flight=recipe.workers, gpus=recipe.gpus)
+            if recipe.lm.epochs:
+                learned = sorted({(part.fold, part.backward) for part in parts if part.pretrained})
+                tuned = [f"fold {fold + 1} of {len(work.folds)}" for fold, _ in learned]
+                with _counted("language models", tuned) as finished:
+                    tune = ((recipe_json, work.out, *one, tell) for one in learned)
+                    for index, _ in run(_tune_task, tune):
+                        finished(index)
+            with _counted("fine-tuning", names) as finished:
+                for index, _ in run(_part_task, ((recipe_json, work.out, part, tell) for part in parts)):
+                    finished(index)
+    finally:
+        ray_runtime.stop()
 
-        def finished(part: Part) -> None:
+
+@contextlib.contextmanager
+def _counted(label: str, names: Sequence[str]) -> Iterator[Callable[[int], None]]:
+    """Progress by how many of `names` are done; to be called with the place of one that is."""
+    done = 0
+    with logs.progress(label, len(names)) as show:
+        show(0, "")  # the clock begins before the first is done
+
+        def finished(index: int) -> None:
             nonlocal done
             done += 1
-            show(done, f"{part.name} of {len(work.folds)} folds, {done}/{len(parts)}")
+            show(done, f"{names[index]}, {done}/{len(names)}")
 
-        if not recipe.workers:
-            for part in parts:
-                train_part(work, part)
-                finished(part)
-            return
-        ray_runtime.start(recipe.workers)
-        try:
-            tunings = (
-                sorted({(part.fold, part.backward) for part in parts if part.pretrained}) if recipe.lm.epochs else []
-            )
-            tune = ((recipe_json, work.out, fold, backward) for fold, backward in tunings)
-            for _ in ray_runtime.map_tasks(_tune_task, tune, in_flight=recipe.workers, gpus=recipe.gpus):
-                pass
-            items = ((recipe_json, work.out, part) for part in parts)
-            for index, _ in ray_runtime.map_tasks(_part_task, items, in_flight=recipe.workers, gpus=recipe.gpus):
-                finished(parts[index])
-        finally:
-            ray_runtime.stop()
+        yield finished
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,12 +96,15 @@ def _work(recipe_json: str, out: str) -> Work:
     return prepare(recipe, out, open_models(recipe.run, recipe.backward))
 
 
-def _part_task(recipe_json: str, out: str, part: Part) -> None:
-    train_part(_work(recipe_json, out), part)
+def _part_task(recipe_json: str, out: str, part: Part, tell: Tell) -> None:
+    work = _work(recipe_json, out)  # what it says of the task has been said
+    logs.forward(tell, TASK_EVERY_SECONDS)
+    train_part(work, part)
 
 
-def _tune_task(recipe_json: str, out: str, fold: int, backward: bool) -> None:
+def _tune_task(recipe_json: str, out: str, fold: int, backward: bool, tell: Tell) -> None:
     work = _work(recipe_json, out)
+    logs.forward(lambda line: tell(f"fold {fold + 1}{', backward' * backward}: {line}"), TASK_EVERY_SECONDS)
     model_of(work, Part(fold, True, backward, work.recipe.seeds[0]))
 
 

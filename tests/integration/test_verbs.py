@@ -44,7 +44,7 @@ def searched(run: str, corpus: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"awd-lstm"}))
-def test_every_verb(tmp_path: Path, corpus: str, name: str) -> None:
+def test_every_verb(tmp_path: Path, corpus: str, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     run, backward, again, lr = (str(tmp_path / part) for part in ("forward", "backward", "again", "lr"))
     # Each in a process of its own: DeepSpeed enters one process group in its life.
     run_on_ranks(1, functools.partial(trained, run, corpus, name))
@@ -67,9 +67,14 @@ def test_every_verb(tmp_path: Path, corpus: str, name: str) -> None:
     finetune.main([f"run={run}", f"out={tmp_path}/finetuned", f"backward={backward}", *task, *stages])
     # In folds, as Ray tasks and one after the other: the same numbers, by as many threads (a Ray task has one).
     quick = ["mode=frozen", "folds=2", "frozen.topics=5", "bootstrap_draws=20", "others=true", "copies=true"]
+    read = ["lm.epochs=1", "lm.lanes=2"]  # the language model reads the notes of the other folds first
     for out, workers in (("ray", 2), ("here", 0)):
+        capfd.readouterr()
         with threadpool_limits(1):
-            finetune.main([f"run={run}", f"out={tmp_path}/{out}", f"workers={workers}", *task, *quick])
+            finetune.main([f"run={run}", f"out={tmp_path}/{out}", f"workers={workers}", *task, *quick, *read])
+        said = capfd.readouterr().out
+        assert "fold-1-scratch-seed-1: done in" in said  # also where it was a task that said so
+        assert not workers or "fold 2: LM fine-tuning: done in" in said
     assert (tmp_path / "ray/results.json").read_bytes() == (tmp_path / "here/results.json").read_bytes()
     kept = {path.name: json.loads(path.read_text()) for path in (tmp_path / "forward").glob("evaluation-*.json")}
     otherwise = "-".join(["bptt=7", *(f"{word[6:]}".replace("true", "True") for word in OTHERWISE[name])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
-from downstream import explain, finetune, parts, predict, work
+from downstream import explain, finetune, lm, parts, predict, work
 from downstream.reading import PLAIN, TellConfig, encode, places_of_tokens, words_of
 from downstream.tasks.examples import Example
 from downstream.tasks.status import StatusTask
@@ -245,6 +246,36 @@ def test_the_language_model_reads_the_target_text_but_not_what_is_tested(notes: 
     predictor = predict.Predictor(f"{notes}/out")
     moved = predictor._made[predictor.parts[0]][0].state_dict()["encoder.embedding.weight"]
     assert not np.allclose(moved, predictor.models[0].model.state_dict()["embedding.weight"])
+
+
+def test_a_reading_that_is_interrupted_goes_on_as_if_it_had_not_been(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of two passes, within it; the weights are the same to the last bit."""
+    (model,) = work.open_models(f"{notes}/run", None)
+    texts = [f"{PAST} shingles and pain"] * 9 + ["no cough and no fever today"] * 8
+    settings = lm.LmConfig(epochs=2, lanes=2, bptt=8)
+    name = lm.tuned(replace(model, run=f"{tmp_path}/whole"), settings, texts, 1)
+    monkeypatch.setattr(lm, "SAVE_SECONDS", 0.0)
+    seen, steps = 0, []
+
+    def killed(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 13:
+            raise KeyboardInterrupt
+
+    real = lm.Masks
+    monkeypatch.setattr(lm, "Masks", lambda *args: (steps.append(args[1]), killed(), real(*args))[2])
+    cut = replace(model, run=f"{tmp_path}/cut")
+    with pytest.raises(KeyboardInterrupt):
+        lm.tuned(cut, settings, texts, 1)
+    assert steps == list(range(13))
+    assert lm.tuned(cut, settings, texts, 1) == name
+    assert steps[13:] == list(range(12, len(steps) - 1))
+    whole, again = (Path(lm.place_of(one, name)).read_bytes() for one in (replace(model, run=f"{tmp_path}/whole"), cut))
+    assert whole == again
+    assert [path.name for path in Path(lm.place_of(cut, name)).parent.iterdir()] == [name]
 
 
 def test_keys_that_contradict_each_other(notes: Path) -> None:
