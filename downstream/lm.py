@@ -128,11 +128,12 @@ def _tune(trained: Trained, settings: LmConfig, texts: Sequence[str], seed: int,
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(slanted_triangle, steps=steps))
     carry, recent, first = model.initial_carry(settings.lanes), 0.0, 0
     if storage.exists(partial):
-        found = torch.load(io.BytesIO(storage.read_bytes(partial)), device, weights_only=True)
+        found = torch.load(io.BytesIO(storage.read_bytes(partial)), "cpu", weights_only=True)
         model.load_state_dict(found["model"])
         optimizer.load_state_dict(found["optimizer"])
         schedule.load_state_dict(found["schedule"])
-        carry, recent, first = found["carry"], found["recent"], found["step"]
+        carry = {name: value.to(device) for name, value in found["carry"].items()}
+        recent, first = found["recent"], found["step"]
     began = saved = time.monotonic()
     with logs.progress("LM fine-tuning", steps) as show:
         for step in range(first, steps):
