@@ -193,12 +193,19 @@ class Frozen:
             }
         return cls(settings, arrays)
 
-    def blocks(self, examples: Sequence[Example], states_NP: Floats) -> dict[str, sparse.csr_matrix]:
-        """The features by kind."""
+    @property
+    def reads(self) -> bool:
+        """Whether the states of the language model count."""
+        return "states" in self.settings.features and float(self.arrays["scale"]) != 0.0
+
+    def blocks(self, examples: Sequence[Example], states_NP: Floats | None) -> dict[str, sparse.csr_matrix]:
+        """The features by kind; without states theirs are zeros."""
         arrays = self.arrays
         found: dict[str, sparse.csr_matrix] = {}
         for kind in self.settings.features:
-            if kind == "states":
+            if kind == "states" and states_NP is None:
+                found[kind] = sparse.csr_matrix((len(examples), len(arrays["mean"])))
+            elif kind == "states":
                 found[kind] = sparse.csr_matrix(normalize((states_NP - arrays["mean"]) / arrays["deviation"]))
             elif kind == "words":
                 found[kind] = Words(arrays["terms"], arrays["idf"])([told(example) for example in examples])
@@ -212,8 +219,8 @@ class Frozen:
                 found[kind] = sparse.csr_matrix(normalize(np.stack([place(example) for example in examples])))
         return found
 
-    def __call__(self, examples: Sequence[Example], states_NP: Floats) -> Floats:
-        """Probabilities [N, K]."""
+    def __call__(self, examples: Sequence[Example], states_NP: Floats | None) -> Floats:
+        """Probabilities [N, K]; where the model `reads`, the pooled states are asked for."""
         return self.of_features(_joined(self.blocks(examples, states_NP), float(self.arrays["scale"])))
 
     def of_features(self, features: sparse.csr_matrix | Floats) -> Floats:

@@ -79,20 +79,20 @@ class Predictor:
         self._calibration = [restored(about["calibration"][fold]["model"]) for fold in folds]
         self.parts = [part for fold in folds for part in parts_of(self.recipe, self.models, fold, True)]
         self.tell = self.recipe.tell if self.recipe.mode == "stages" else PLAIN
-        parts_about = about["parts"]
-        self._made = {part: self._of(folder, part, parts_about[part.name]["lm"]) for part in self.parts}
+        self._tuned: dict[Part, str | None] = {part: about["parts"][part.name]["lm"] for part in self.parts}
+        self._made = {part: self._of(folder, part) for part in self.parts}
 
     def model_of(self, part: Part) -> Trained:
         """The language model of a part's direction."""
         return next(trained for trained in self.models if trained.backward == part.backward)
 
-    def _of(self, folder: str, part: Part, tuned: str | None) -> tuple[NoteClassifier, Frozen | None]:
+    def _of(self, folder: str, part: Part) -> tuple[NoteClassifier, Frozen | None]:
         place = classifier_file(folder, self.recipe.mode, part)
         if not storage.exists(place):
             raise ConfigError(f"{place}: missing; remove {folder} and fine-tune again")
         content = storage.read_bytes(place)
         frozen = self.recipe.mode == "frozen"
-        trained = self.model_of(part)
+        trained, tuned = self.model_of(part), self._tuned[part]
         if frozen and tuned is not None:
             trained = with_weights(trained, tuned)
         made = build(trained, len(self.classes), self.recipe.head, part.seed)
@@ -134,11 +134,13 @@ class Predictor:
         }
         by_fold: list[list[Floats]] = [[] for _ in self._calibration]
         empty = np.zeros((len(examples), len(self.classes)) if self.several else len(examples), np.int64)
+        states: dict[tuple[bool, str | None], Floats] = {}  # folds may share a language model: it reads once
         for part, (made, frozen) in self._made.items():
-            read = notes[part.backward]
+            read, model = notes[part.backward], (part.backward, self._tuned[part])
             if frozen is not None:
-                states = pooled_states(made, read, self.recipe.stages.batch, lambda *_: None)
-                by_fold[part.fold].append(frozen(examples, states))
+                if frozen.reads and model not in states:
+                    states[model] = pooled_states(made, read, self.recipe.stages.batch, lambda *_: None)
+                by_fold[part.fold].append(frozen(examples, states[model] if frozen.reads else None))
             else:
                 data = Labelled(read, empty, None)
                 by_fold[part.fold].append(probabilities(made, data, False, self.recipe.stages, lambda *_: None))

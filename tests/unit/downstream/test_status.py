@@ -14,6 +14,7 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from downstream import explain, finetune, lm, parts, predict, work
+from downstream.frozen import Frozen
 from downstream.reading import PLAIN, TellConfig, encode, places_of_tokens, words_of
 from downstream.tasks.examples import Example
 from downstream.tasks.status import StatusTask
@@ -207,6 +208,31 @@ def test_of_repeats_the_first_one_s_classifiers_are_kept(notes: Path) -> None:
     rows = pq.read_table(notes / "out/predictions.parquet").to_pylist()
     assert len(rows) == 200
     assert len({row["fold"] for row in rows if row["patient_id"] == "p0"}) == 2
+
+
+def test_a_language_model_reads_new_notes_once_and_only_where_its_states_count(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three folds on one model; with a model of their own each reads. What is said does not depend on it."""
+    finetune.main(arguments(notes, "mode=frozen", "folds=3", "scratch=false", "frozen.topics=5"))
+    read, real = [], predict.pooled_states
+    monkeypatch.setattr(predict, "pooled_states", lambda *args: (read.append(len(args[1])), real(*args))[1])
+    predictor = predict.Predictor(f"{notes}/out")
+    asked = [one for one in (predictor.example("n", f"{said} shingles and pain") for said in (PAST, NOW)) if one]
+    for counts, models in (([True, True, True], 1), ([False, True, False], 1), ([False] * 3, 0)):
+        for (_, frozen), count in zip(predictor._made.values(), counts, strict=True):
+            assert frozen is not None
+            frozen.arrays["scale"] = np.array(float(count))
+        read.clear()
+        found = predictor(asked)
+        assert read == [2] * models
+        monkeypatch.setattr(Frozen, "reads", True)
+        predictor._tuned = {part: part.name for part in predictor.parts}
+        np.testing.assert_array_equal(predictor(asked), found)
+        assert len(read) == models + 3
+        monkeypatch.undo()
+        monkeypatch.setattr(predict, "pooled_states", lambda *args: (read.append(len(args[1])), real(*args))[1])
+        predictor._tuned = dict.fromkeys(predictor.parts)
 
 
 def test_what_was_done_is_not_done_again(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
