@@ -15,20 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 class Cluster:
@@ -36,7 +26,7 @@ class Cluster:
 
     def __init__(self, folder: Path, head_cpus: int, host: str = "127.0.0.1", **more: str):
         self.folder, self.host = folder, host
-        self.port, dashboard = free_ports(2)
+        self.port, dashboard = free_port(), free_port()
         self.env = dict(
             os.environ,
             HOME=str(folder),  # Ray's token lies there

@@ -11,15 +11,14 @@ from collections.abc import Iterator
 
 import fsspec
 import pytest
+from ports import free_port
 
 
 @contextlib.contextmanager
 def object_store(bucket: str) -> Iterator[dict[str, str]]:
     """Runs the server with an empty bucket; yields what a process must know to reach it, which this one then knows."""
     boto3 = pytest.importorskip("boto3")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "key",

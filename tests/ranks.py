@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -19,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from ports import free_port
 
 TESTS = Path(__file__).resolve().parent
 _FORKS = multiprocessing.get_context("forkserver")
@@ -47,10 +48,7 @@ def _rank(environment: dict[str, str], output: str, called: bytes) -> None:
 
 def run_on_ranks(world: int, function: Callable[..., None], *args: Any, timeout_seconds: float = 180) -> None:
     """Calls `function(*args)` on every rank; fails with what a failing rank printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     common |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(world)}
     common["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     with mock.patch.dict(os.environ, common):  # what the forked-from process, begun at the first call, imports with
