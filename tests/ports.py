@@ -8,8 +8,8 @@ import socket
 from itertools import count
 
 # Below those that Linux gives to outgoing connections (one of Ray's can take such a port between the look and the
-# server's start) and above those of Ray's workers.
-LOWEST, HIGHEST = 20_000, 32_000
+# server's start) and above those of Ray's workers and of deploy/slurm.sh.
+LOWEST, HIGHEST = 30_000, 32_700
 # Test processes side by side begin far from each other.
 _turns = count(os.getpid() * 997)
 
