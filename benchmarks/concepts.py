@@ -170,8 +170,10 @@ def transfer(negex: Corpus, maccrobat: Corpus) -> None:
 UPPER = re.compile(r"(?:^|,|\.  ?)[ ,]*([A-Z][A-Z0-9/&()'\-.#]*(?:, ?(?=AND )| ?[ /&\-] ?[A-Z0-9/&()'\-.#]+)*):", re.M)
 
 
-def of_sections(data: Path) -> dict[str, float]:
-    """Heading coverage on the half of MTSamples that the table was not written with, and the tagger's accuracy."""
+def of_sections(data: Path, states: States | None) -> dict[str, float]:
+    """Heading coverage on the half of MTSamples that the table was not written with, and the tagger's accuracy: of
+    MTS-Dialog's training passages alone, with MTSamples', with the language models.
+    """
     texts = sorted({row["transcription"] for row in _csv(data / "mtsamples/mtsamples.csv") if row["transcription"]})
     known = count = 0
     for text in texts:
@@ -182,19 +184,19 @@ def of_sections(data: Path) -> dict[str, float]:
             count += len(ends)
     train, valid = (list(_csv(data / f"mts_dialog/MTS-Dialog-{name}Set.csv")) for name in ("Training", "Validation"))
     own = [(row["section_text"], row["section_header"]) for row in train]
-    accuracy = []
-    for more in ([], headed(data, [label for _, label in own])):
-        passages, labels = zip(*own, *more, strict=True)
-        tagger = SectionTagger().fit(passages, labels, weights=[1.0] * len(own) + [OTHERS] * len(more))
+    print(f"\nheadings: {100 * known / count:.1f}% of {count:,} are known")
+    more = headed(data, [label for _, label in own])
+    rows = {"training passages": ([], None), f"and {len(more):,} of MTSamples": (more, None)}
+    if states:
+        rows["and the language models"] = (more, states.of_passages)
+    for name, (others, reads) in rows.items():
+        passages, labels = zip(*own, *others, strict=True)
+        tagger = SectionTagger(reads).fit(passages, labels, weights=[1.0] * len(own) + [OTHERS] * len(others))
         said = tagger.predict([row["section_text"] for row in valid])
         right = [label == row["section_header"] for (label, _), row in zip(said, valid, strict=True)]
-        accuracy.append(100 * float(np.mean(right)))
-    print(f"\nheadings: {100 * known / count:.1f}% of {count:,} are known")
-    print(f"sections: {accuracy[1]:.1f}% of 100; without the {len(more):,} passages of MTSamples {accuracy[0]:.1f}%")
-    return {
-        "section_accuracy": round(accuracy[1], 1),
-        "heading_coverage": round(100 * known / count, 1),
-    }
+        accuracy = 100 * float(np.mean(right))
+        print(f"sections, {name:<25} {accuracy:.1f}% of {len(valid)}")
+    return {"section_accuracy": round(accuracy, 1), "heading_coverage": round(100 * known / count, 1)}
 
 
 def headed(data: Path, labels: list[str]) -> list[tuple[str, str]]:
@@ -319,7 +321,7 @@ def main() -> None:
     words = given({"work": "", "rivals": ""})
     states = language_models(data, Path(words["work"])) if words["work"] else None
     line: dict[str, Any] = {}
-    line |= of_sections(data)
+    line |= of_sections(data, states)
     line["lab_link_accuracy"] = lab_links(maccrobat)
     line["date_resolved"], line["date_resolved_without_age"] = dates_resolved(maccrobat)
     small, large = Corpus.of(negex, states, words["rivals"]), Corpus.of(maccrobat, states, words["rivals"])

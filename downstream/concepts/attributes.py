@@ -24,15 +24,17 @@ PARTS = 4  # of documents, for the offsets and the scale
 SCALES = (0.0, 1.0, 3.0)  # of the states
 TIE = 0.005  # macro-F1
 OFFSETS = np.linspace(-2, 4, 25)
+FEW = 5  # mentions of a label from which nothing is concluded
 
 
 class Attribute(NamedTuple):
     """A learned attribute: classes, and a weight per bucket and class (two classes: of the second), another per number
     of the states. `offsets_K` are added to log-probabilities before one is chosen: rare values, as "uncertain", are
-    never likelier than not.
+    never likelier than not. With `kinds` the label of a mention is told too.
     """
 
     classes: tuple[str, ...]
+    kinds: bool
     weights_BK: Floats
     states_PK: Floats
     bias_K: Floats
@@ -44,14 +46,14 @@ class Attribute(NamedTuple):
         offsets, are those of the best macro-F1 on the documents that were left out in turn.
         """
         truth = np.array([span.attributes[name] for span in examples.spans])
-        classes = np.unique(truth)
+        classes, kinds = np.unique(truth), _label_helps(examples, truth)
         tried = []
         for scale in SCALES if examples.states_NP.shape[1] else (0.0,):
             log_NK, seen = np.zeros((len(truth), len(classes))), np.zeros(len(truth), bool)
             if len(set(examples.documents)) >= PARTS:
                 for rows, held in GroupKFold(PARTS).split(truth, truth, examples.documents):
                     if len(set(truth[rows])) == len(classes):
-                        one = cls._regression(examples.rows(rows), truth[rows], scale)
+                        one = cls._regression(examples.rows(rows), truth[rows], kinds, scale)
                         log_NK[held] = one.logs(examples.rows(held))
                         seen[held] = True
             offsets_K, score = _offsets(log_NK[seen], np.searchsorted(classes, truth[seen]))
@@ -59,11 +61,11 @@ class Attribute(NamedTuple):
         # Of nearly equal ones the least: with few mentions of a value the differences are chance.
         enough = max(score for score, _, _ in tried) - TIE
         _, scale, offsets_K = next(one for one in tried if one[0] >= enough)
-        return cls._regression(examples, truth, scale)._replace(offsets_K=offsets_K)
+        return cls._regression(examples, truth, kinds, scale)._replace(offsets_K=offsets_K)
 
     @classmethod
-    def _regression(cls, examples: Examples, truth: np.ndarray, scale: float) -> Attribute:
-        words, states_NP = examples.words, examples.states_NP
+    def _regression(cls, examples: Examples, truth: np.ndarray, kinds: bool, scale: float) -> Attribute:
+        words, states_NP = examples.words + examples.kinds if kinds else examples.words, examples.states_NP
         mean_P, spread_P = np.zeros(states_NP.shape[1]), np.ones(states_NP.shape[1])
         if scale:
             mean_P, spread_P = states_NP.mean(0), (states_NP.std(0) + 1e-6) * states_NP.shape[1] ** 0.5 / scale
@@ -74,11 +76,12 @@ class Attribute(NamedTuple):
         if scale:
             states_PK = one.coef_.T[BUCKETS:] / spread_P[:, None]
         bias_K = one.intercept_ - mean_P @ states_PK
-        return cls(tuple(map(str, one.classes_)), weights_BK, states_PK, bias_K, np.zeros(len(one.classes_)))
+        return cls(tuple(map(str, one.classes_)), kinds, weights_BK, states_PK, bias_K, np.zeros(len(one.classes_)))
 
     def logs(self, examples: Examples) -> Floats:
         """Log-probabilities [N, classes], none below -20."""
-        scores = np.asarray(examples.words @ self.weights_BK) + examples.states_NP @ self.states_PK + self.bias_K
+        words = examples.words + examples.kinds if self.kinds else examples.words
+        scores = np.asarray(words @ self.weights_BK) + examples.states_NP @ self.states_PK + self.bias_K
         if len(self.classes) == 2:
             scores = np.concatenate([np.zeros_like(scores), scores], 1)
         logs: Floats = np.maximum(scores - logsumexp(scores, 1, keepdims=True), -20)
@@ -88,6 +91,18 @@ class Attribute(NamedTuple):
         """Places [N] in `classes`."""
         places: Ints = (self.logs(examples) + self.offsets_K).argmax(1)
         return places
+
+
+def _label_helps(examples: Examples, truth: np.ndarray) -> bool:
+    """Whether there are two labels or more, and none says the value itself, as MACCROBAT's History does: notes to be
+    read would not have that one.
+    """
+    labels = np.array([span.label for span in examples.spans])
+    names, counts = np.unique(labels, return_counts=True)
+    values, times = np.unique(truth, return_counts=True)
+    usual = values[times.argmax()]
+    known = names[counts >= FEW]
+    return len(known) > 1 and not any((truth[labels == name] != usual).all() for name in known)
 
 
 def _offsets(log_NK: Floats, truth_N: np.ndarray) -> tuple[Floats, float]:
@@ -144,6 +159,7 @@ class Attributes:
             found[f"{name}.classes"] = np.frombuffer(json.dumps(attribute.classes).encode(), np.uint8)
             found[f"{name}.rows"], found[f"{name}.bias"] = rows, attribute.bias_K
             found[f"{name}.offsets"], found[f"{name}.states"] = attribute.offsets_K, attribute.states_PK
+            found[f"{name}.kinds"] = np.array(attribute.kinds)
             found[f"{name}.weights"] = attribute.weights_BK[rows].astype(np.float32)
         return found
 
@@ -156,5 +172,6 @@ class Attributes:
             weights[arrays[f"{name}.rows"]] = arrays[f"{name}.weights"]
             classes = tuple(json.loads(bytes(arrays[f"{name}.classes"])))
             states_PK, bias_K, offsets_K = (arrays[f"{name}.{part}"] for part in ("states", "bias", "offsets"))
-            found[name] = Attribute(classes, weights, states_PK, bias_K, offsets_K)
+            kinds = bool(arrays[f"{name}.kinds"])
+            found[name] = Attribute(classes, kinds, weights, states_PK, bias_K, offsets_K)
         return cls(found)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from downstream.concepts.words import Found, Phrases, Text
 
 DEFAULTS = {"negation": "affirmed", "certainty": "certain", "temporality": "current", "experiencer": "patient"}
-REACH = {"negation": 14, "certainty": 10, "temporality": 12, "experiencer": 14}  # words, of cues that stand before
+# words, of cues that stand before
+REACH = {"negation": 14, "certainty": 10, "temporality": 12, "experiencer": 14, "course": 8}
 AFTER = 6  # words, of cues that stand after
 FIELDS = ("before", "after", "pseudo", "ends")
 

@@ -3,6 +3,7 @@
 words    of the sentence on either side, near ones with their distance; of the mention; of the sentence before
 rules    the cues that reach the mention (cues.py), with their distance
 place    section, share of the note
+kinds    all of these once more for mentions of one label: a drug is denied in other words than a symptom
 states   those of a language model beside the mention, if there is one (states.py)
 """
 
@@ -30,6 +31,7 @@ LEFT, RIGHT = 14, 10  # words
 BESIDE = 6  # words
 ORDERED = 4  # the nearest, with their distance
 RULE, WORD = 3.0, 1.0  # how much a feature counts beside the others: regularization is one for all
+KIND = 0.6  # … of those of one label (the augmentation of Daumé III 2007, arXiv:0907.1815, a label a domain)
 
 
 class Mention(NamedTuple):
@@ -68,7 +70,6 @@ def _mention(note: Note, text: Text, cues: Cues, span: Span, section: str | None
         return Mention({}, dict(DEFAULTS), {}, section)
     hits = cues.of(first, last)
     rules = decide(hits, section)
-    # Its label is no feature: in some corpora (MACCROBAT's History) that is the answer.
     found: dict[str, float] = {f"section={section}": WORD}
     left, right = windows(text, first, last, LEFT)[0], windows(text, first, last, RIGHT)[1]
     for side, words in (("l", left), ("r", right)):
@@ -96,22 +97,21 @@ def _mention(note: Note, text: Text, cues: Cues, span: Span, section: str | None
         found[f"p:{word}"] = 0.3 * WORD
     share = span.start / len(note.text)
     found[f"place={int(5 * share)}"] = WORD
-    for axis, default in DEFAULTS.items():
-        value = rules[axis]
-        found[f"rule:{axis}={value}"] = RULE
-        for hit in hits.get(axis, ())[:2]:
+    for axis, reaching in hits.items():
+        for hit in reaching[:2]:
             found[f"cue:{axis}={hit.value}:{hit.phrase}"] = RULE / 2
             found[f"cue:{axis}={hit.value}:{'near' if hit.distance < 3 else 'far'}"] = RULE / 2
-        if value != default:
+        value = rules.get(axis, reaching[0].value if reaching else "")
+        found[f"rule:{axis}={value}"] = RULE
+        if value != DEFAULTS.get(axis, ""):
             found[f"rule:{axis}"] = RULE / 2
     told = {axis: (hits[axis][0].start, hits[axis][0].end) for axis in DEFAULTS if hits.get(axis)}
     return Mention(found, rules, told, section)
 
 
-def matrix(mentions: Iterable[Mention]) -> sparse.csr_matrix:
+def _hashed(rows: Iterable[dict[str, float]]) -> sparse.csr_matrix:
     """[N, BUCKETS]: features by hash, so that nothing of a note's words is kept in a model."""
-    hasher = FeatureHasher(BUCKETS, alternate_sign=False)
-    return hasher.transform([mention.features for mention in mentions])
+    return FeatureHasher(BUCKETS, alternate_sign=False).transform(rows)
 
 
 class Examples(NamedTuple):
@@ -121,8 +121,9 @@ class Examples(NamedTuple):
     spans: list[Span]
     documents: np.ndarray  # of each mention
     words: sparse.csr_matrix
+    kinds: sparse.csr_matrix  # the same features, each of its label
     states_NP: Floats  # P = 0 without a language model
-    beside: list[str]  # the words on either side and of the mention, marked: what a plain linear model is told
+    beside: Sequence[str] = ()  # the words on either side and of the mention, marked: what a plain linear model is told
 
     @classmethod
     def of(cls, notes: Iterable[Note], states: States | None = None, advance: Advance | None = None) -> Examples:
@@ -145,13 +146,24 @@ class Examples(NamedTuple):
             if states is not None:
                 read.append(states(note.text, [(span.start, span.end) for span in note.spans]))
         states_NP = np.concatenate(read) if read else np.zeros((len(spans), 0))
-        return cls(mentions, spans, np.array(documents), matrix(mentions), states_NP, beside)
+        return cls.seen(mentions, spans, np.array(documents), states_NP)._replace(beside=beside)
+
+    @classmethod
+    def seen(cls, mentions: list[Mention], spans: Sequence[Span], documents: np.ndarray, states_NP: Floats) -> Examples:
+        """Mentions and the spans that they are of."""
+        words = _hashed(mention.features for mention in mentions)
+        kinds = _hashed(
+            {f"{span.label}|{name}": KIND * value for name, value in mention.features.items()}
+            for mention, span in zip(mentions, spans, strict=True)
+        )
+        return cls(mentions, list(spans), documents, words, kinds, states_NP)
 
     def rows(self, places: Ints) -> Examples:
         """Some of them."""
         mentions, spans = [self.mentions[i] for i in places], [self.spans[i] for i in places]
+        documents, states_NP = self.documents[places], self.states_NP[places]
         beside = [self.beside[i] for i in places]
-        return Examples(mentions, spans, self.documents[places], self.words[places], self.states_NP[places], beside)
+        return Examples(mentions, spans, documents, self.words[places], self.kinds[places], states_NP, beside)
 
     def without_states(self) -> Examples:
         """The same without a language model."""

@@ -16,7 +16,7 @@ import numpy as np
 from cluster import storage
 from cluster.errors import DataError
 from downstream.concepts.attributes import Attributes
-from downstream.concepts.features import Examples, Mention, matrix
+from downstream.concepts.features import Examples, Mention
 from downstream.concepts.schema import Note, Span
 from downstream.concepts.states import States
 from downstream.concepts.tagger import SectionTagger
@@ -44,7 +44,7 @@ class Reader(NamedTuple):
         if self.states:
             states_NP = self.states(note.text, [(span.start, span.end) for span in spans])
         documents = np.repeat(note.doc_id, len(spans))
-        return self.attributes(Examples(mentions, list(spans), documents, matrix(mentions), states_NP, []))
+        return self.attributes(Examples.seen(mentions, spans, documents, states_NP))
 
     def save(self, url: str) -> None:
         """Writes it, without any word of a note but those that the tagger weighs."""
@@ -63,16 +63,22 @@ class Reader(NamedTuple):
         place = url if url.endswith(".npz") else storage.join(url, FILE)
         if not storage.exists(place):
             raise DataError(f"{url}: has no reader; ./launch.sh finetune recipes/concepts/train.toml makes one")
+        damaged = DataError(f"{place}: is no reader, or damaged; finetune makes it again")
         try:
             arrays = np.load(io.BytesIO(storage.read_bytes(place)), allow_pickle=False)
             attributes, runs = Attributes.of(arrays), json.loads(bytes(arrays["runs"]))
-            tagger = SectionTagger.load(bytes(arrays["tagger"])) if "tagger" in arrays else None
         except (ValueError, KeyError, BadZipFile, EOFError):
-            raise DataError(f"{place}: is no reader, or damaged; finetune makes it again") from None
+            raise damaged from None
         models = [load_trained(run) for run, _ in runs]
         for model, (run, known) in zip(models, runs, strict=True):
             if model.checkpoint_sha256 != known:
                 raise DataError(
                     f"{place}: was learned with another checkpoint of {run}; finetune again, or bring it back"
                 )
-        return cls(attributes, States(models) if models else None, tagger)
+        states, tagger = States(models) if models else None, None
+        if "tagger" in arrays:
+            try:
+                tagger = SectionTagger.load(bytes(arrays["tagger"]), states.of_passages if states else None)
+            except ValueError:
+                raise damaged from None
+        return cls(attributes, states, tagger)

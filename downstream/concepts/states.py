@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from cluster.logs import Advance
 from downstream.classifier import Encoder
 from downstream.metrics import Floats
 from downstream.reading import Tokens, words_of
@@ -22,6 +23,7 @@ from sharding.clean import cleaned_around
 
 SEGMENT = 256  # tokens read at a time, with the carry of those before
 WIDTHS = (16, 64)  # tokens on either side over which states are averaged
+TOGETHER = 16  # passages read at a time
 
 Places = list[tuple[int, int]]
 
@@ -40,12 +42,51 @@ class States:
         """[N, P]: for every span of the text (they may overlap) the states of every model, side by side."""
         return np.concatenate(list(self._pool.map(lambda trained: _read(trained, text, spans), self.models)), 1)
 
+    def of_passages(self, texts: Sequence[str], advance: Advance | None = None) -> Floats:
+        """[N, 2E·models]: of every text, read alone, the mean and the maximum of the states of every model. `advance`
+        hears how many the first model has read.
+        """
+        heard = [advance, *[None] * (len(self.models) - 1)]
+        read = self._pool.map(lambda trained, advance: _pooled(trained, texts, advance), self.models, heard)
+        return np.concatenate(list(read), 1)
+
 
 def _read(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> Floats:
     tokens, places = _tokens_at(trained, text, spans)
     if trained.backward:
         tokens, places = tokens[::-1].copy(), [(len(tokens) - b, len(tokens) - a) for a, b in places]
     return _states(trained, tokens, places)
+
+
+@torch.no_grad()
+def _pooled(trained: Trained, texts: Sequence[str], advance: Advance | None) -> Floats:
+    tokens_N = trained.tokenizer.encode([trained.clean_text(text) for text in texts])
+    if trained.backward:
+        tokens_N = [tokens[::-1] for tokens in tokens_N]
+    encoder: Encoder = trained.model  # type: ignore[assignment]
+    device = next(trained.model.parameters()).device
+    pooled_N2E = np.zeros((len(texts), 2 * encoder.width))
+    lengths_N = [len(tokens) for tokens in tokens_N]
+    by_length = sorted((number for number, length in enumerate(lengths_N) if length), key=lengths_N.__getitem__)
+    for first in range(0, len(by_length), TOGETHER):
+        rows = by_length[first : first + TOGETHER]
+        lengths_B1 = torch.tensor([[lengths_N[row]] for row in rows], device=device)
+        tokens_BT = torch.zeros((len(rows), int(lengths_B1.max())), dtype=torch.long)
+        for place, row in enumerate(rows):
+            tokens_BT[place, : lengths_N[row]] = torch.from_numpy(tokens_N[row].astype(np.int64))
+        carry = encoder.initial_carry(len(rows))
+        total_BE = torch.zeros((len(rows), encoder.width), device=device)
+        most_BE = torch.full_like(total_BE, -torch.inf)
+        for start, segment_BS in zip(range(0, tokens_BT.shape[1], SEGMENT), tokens_BT.split(SEGMENT, 1), strict=True):
+            hidden, carry = encoder(segment_BS.to(device), carry, None)
+            places_1S = torch.arange(start, start + segment_BS.shape[1], device=device)[None]
+            live_BS1 = (places_1S < lengths_B1)[..., None]  # what stands behind a text's end is not of it
+            total_BE += (hidden.raw_BTE * live_BS1).sum(1)
+            most_BE = torch.maximum(most_BE, hidden.raw_BTE.masked_fill(~live_BS1, -torch.inf).amax(1))
+        pooled_N2E[rows] = torch.cat([total_BE / lengths_B1, most_BE], 1).double().cpu().numpy()
+        if advance:
+            advance(min(first + TOGETHER, len(by_length)), "")
+    return pooled_N2E
 
 
 def _tokens_at(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, Places]:

@@ -2,7 +2,8 @@
 
     He quit smoking.  Mother had MS.      social_history       │ family_history
 
-A linear SVM over words, characters and clues; successive sentences are smoothed, so that a section is a stretch.
+A linear SVM over words, characters, clues and, where there is one, a language model's states; successive sentences are
+smoothed, so that a section is a stretch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,11 +23,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
 from downstream.concepts.sections import SectionSpan, find, labels, read_headings
 
 Passages = Sequence[str] | NDArray[np.object_]
+Reads = Callable[[Sequence[str]], NDArray[np.floating]]  # States.of_passages
 
 UNHEADED = 200  # characters: a stretch without heading that is longer is read
 STAY = 1.0  # log-odds for the next sentence to be in the same section
@@ -39,10 +42,14 @@ def _patterns() -> dict[str, re.Pattern[str]]:
 
 
 class SectionTagger:
-    """Which section a passage without heading is of: a linear SVM over its words, characters and clues."""
+    """Which section a passage without heading is of: a linear SVM over its words, characters and clues, and over what
+    `reads` makes of it, if it is given.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, reads: Reads | None = None) -> None:
         self.names: tuple[str, ...] = ()
+        self._reads = reads
+        self._mean, self._deviation = np.zeros(0), np.ones(0)  # of what it makes of the passages that were learned
         self._seen: dict[str, TfidfVectorizer] = {}
         self._weights: NDArray[np.floating] = np.empty((0, 0))  # one row a label; the last column is the intercept
         self._sharpness = 1.0
@@ -67,6 +74,7 @@ class SectionTagger:
         self.names = tuple(sorted(set(labels)))
         truth = np.array([self.names.index(label) for label in labels])
         passages, counts = np.array(texts, dtype=object), np.ones(len(texts)) if weights is None else np.array(weights)
+        states_NP = self._states(texts)
         outputs = np.full((len(texts), len(self.names)), -1.0)
         parts = (StratifiedKFold if groups is None else StratifiedGroupKFold)(3, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
@@ -74,17 +82,26 @@ class SectionTagger:
             folds = list(parts.split(passages, truth, groups)) if len(texts) >= 30 else []
         for learn, held in folds:
             if len(set(truth[learn])) > 2:
-                known = self._learn(passages[learn], truth[learn], counts[learn], seed)
-                outputs[np.ix_(held, known)] = self._outputs(passages[held])
+                known = self._learn(passages[learn], states_NP[learn], truth[learn], counts[learn], seed)
+                outputs[np.ix_(held, known)] = self._outputs(passages[held], states_NP[held])
         tried = np.geomspace(0.5, 16, 26)
         losses = [-np.log(_softmax(outputs * sharp)[np.arange(len(truth)), truth]) @ counts for sharp in tried]
         self._sharpness = float(tried[int(np.argmin(losses))]) if folds else 3.0
-        self._learn(passages, truth, counts, seed)
+        self._learn(passages, states_NP, truth, counts, seed)
         return self
 
+    def _states(self, texts: Sequence[str]) -> NDArray[np.floating]:
+        return self._reads(texts) if self._reads else np.zeros((len(texts), 0))
+
     def _learn(
-        self, texts: Passages, truth: NDArray[np.integer], counts: NDArray[np.floating], seed: int
+        self,
+        texts: Passages,
+        states_NP: NDArray[np.floating],
+        truth: NDArray[np.integer],
+        counts: NDArray[np.floating],
+        seed: int,
     ) -> NDArray[np.integer]:
+        self._mean, self._deviation = states_NP.mean(0), states_NP.std(0) + 1e-6
         self._seen = _vectorizers()
         for name, seen in self._seen.items():
             seen.fit(_clues(texts) if name == "clues" else texts)
@@ -92,23 +109,27 @@ class SectionTagger:
         sizes = np.bincount(places, counts)
         rare = np.sqrt(sizes.mean() / sizes)[places]  # halfway to balanced
         svm = LinearSVC(C=1.0, max_iter=3000, tol=1e-3, random_state=seed)
-        svm.fit(self._features(texts), truth, sample_weight=counts * rare)
+        svm.fit(self._features(texts, states_NP), truth, sample_weight=counts * rare)
         weights = np.column_stack([svm.coef_, svm.intercept_]).astype(np.float32)
         self._weights = weights if len(weights) > 1 else np.vstack([-weights, weights])
         return np.asarray(known)
 
-    def _features(self, texts: Passages) -> sparse.csr_matrix:
+    def _features(self, texts: Passages, states_NP: NDArray[np.floating]) -> sparse.csr_matrix:
         read = [seen.transform(_clues(texts) if name == "clues" else texts) for name, seen in self._seen.items()]
-        return sparse.hstack(read).tocsr()
+        # all of one length, as the words: all states together count as they do
+        states = [normalize((states_NP - self._mean) / self._deviation)] if len(self._mean) else []
+        return sparse.hstack([*read, *map(sparse.csr_matrix, states)]).tocsr()
 
-    def _outputs(self, texts: Passages) -> NDArray[np.floating]:
-        return np.asarray(self._features(texts) @ self._weights[:, :-1].T + self._weights[:, -1])
+    def _outputs(self, texts: Passages, states_NP: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.asarray(self._features(texts, states_NP) @ self._weights[:, :-1].T + self._weights[:, -1])
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.floating]:
         """For each text a row with the probability of each of `names`. Raises ValueError where it was not fitted."""
         if not self.names:
             raise ValueError("the section tagger was not fitted")
-        return _softmax(self._outputs(texts) * self._sharpness) if len(texts) else np.empty((0, len(self.names)))
+        if not len(texts):
+            return np.empty((0, len(self.names)))
+        return _softmax(self._outputs(texts, self._states(texts)) * self._sharpness)
 
     def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
         """For each text its label and that label's probability. Raises ValueError where it was not fitted."""
@@ -122,24 +143,28 @@ class SectionTagger:
         said = json.dumps({"names": self.names, "sharpness": self._sharpness, "words": words}).encode()
         out = io.BytesIO()
         idf = {f"idf_{name}": seen.idf_.astype(np.float32) for name, seen in self._seen.items()}
-        np.savez_compressed(out, allow_pickle=False, json=np.frombuffer(said, np.uint8), weights=self._weights, **idf)
+        arrays = {"weights": self._weights, "mean": self._mean, "deviation": self._deviation, **idf}
+        np.savez_compressed(out, allow_pickle=False, json=np.frombuffer(said, np.uint8), **arrays)
         return out.getvalue()
 
     @classmethod
-    def load(cls, saved: bytes) -> SectionTagger:
-        """The tagger that `save` wrote. Raises ValueError where the bytes are not one."""
-        tagger = cls()
+    def load(cls, saved: bytes, reads: Reads | None = None) -> SectionTagger:
+        """The tagger that `save` wrote, with the `reads` it was fitted with. Raises ValueError where it is not one."""
+        tagger = cls(reads)
         try:
             with np.load(io.BytesIO(saved), allow_pickle=False) as read:
                 said = json.loads(read["json"].tobytes())
                 tagger.names, tagger._sharpness = tuple(said["names"]), float(said["sharpness"])
-                tagger._weights = read["weights"]
+                tagger._weights, tagger._mean, tagger._deviation = (
+                    read[name] for name in ("weights", "mean", "deviation")
+                )
                 tagger._seen = _vectorizers(said["words"])
                 for name, seen in tagger._seen.items():
                     seen.idf_ = read[f"idf_{name}"]
         except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError("not a saved section tagger") from error
-        if tagger._weights.shape != (len(tagger.names), 1 + sum(map(len, said["words"].values()))):
+        known = sum(map(len, said["words"].values())) + len(tagger._mean)
+        if tagger._weights.shape != (len(tagger.names), 1 + known) or (reads is None) != (len(tagger._mean) == 0):
             raise ValueError("not a saved section tagger: its weights do not fit its words")
         return tagger
 

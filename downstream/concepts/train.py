@@ -31,6 +31,7 @@ from downstream.concepts.schema import Note
 from downstream.concepts.states import States
 from downstream.concepts.tagger import SectionTagger
 from downstream.leakage import alike
+from downstream.metrics import Floats
 from downstream.tasks.table import rows
 from downstream.work import RESULTS, enter, lineage, open_models
 from pretrain.run import Trained, hashed
@@ -87,7 +88,7 @@ def main(args: list[str]) -> None:
         examples = Examples.of(notes, states, advance)
     _show_counts(examples)
     results = tested(examples, _groups(notes), recipe.folds, recipe.seed)
-    Reader(Attributes.fit(examples), states, _tagger(recipe, notes)).save(storage.join(out, FILE))
+    Reader(Attributes.fit(examples), states, _tagger(recipe, notes, states)).save(storage.join(out, FILE))
     facts = {"task": "concepts", "lineage": {("backward" if m.backward else "model"): lineage(m) for m in models}}
     counts = {"notes": len(notes), "mentions": len(examples.spans)}
     storage.write_json(storage.join(out, RESULTS), {**facts, **about, **counts, "values": results})
@@ -144,7 +145,7 @@ def _show_counts(examples: Examples) -> None:
     logs.table(f"{len(examples.spans):,} mentions", ["attribute", "value", "mentions"], lines)
 
 
-def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note]) -> SectionTagger | None:
+def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note], states: States | None = None) -> SectionTagger | None:
     """Learned from what stands under the headings of all notes at hand; None where that is little."""
     texts = dict.fromkeys(note.text for note in notes)
     own = len(texts)
@@ -167,4 +168,10 @@ def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note]) -> SectionTagger | No
     little = OTHERS if sum(groups[i] < own for i in kept) >= PASSAGES else 1.0
     weights = [1.0 if groups[i] < own else little for i in kept]
     kept_of = lambda one: [one[i] for i in kept]  # noqa: E731
-    return SectionTagger().fit(kept_of(passages), kept_of(labels), kept_of(groups), weights)
+
+    def reads(texts: Sequence[str]) -> Floats:
+        assert states
+        with logs.progress("reading passages", len(texts)) as advance:
+            return states.of_passages(texts, advance)
+
+    return SectionTagger(reads if states else None).fit(kept_of(passages), kept_of(labels), kept_of(groups), weights)

@@ -213,6 +213,23 @@ def test_tagger_is_the_same_after_saving(tagger: SectionTagger) -> None:
         assert all(read[name].dtype != object for name in read.files)
 
 
+def test_tagger_learns_what_only_states_tell() -> None:
+    """Texts of which each is new: only what stands for the states says more."""
+    read = lambda texts: np.array([[float(text.endswith("z")), 5.0] for text in texts])  # noqa: E731
+    texts = [f"{number}{'yz'[number % 2]}" for number in range(80)]
+    kinds = ["ab"[number % 2] for number in range(80)]
+    tagger = SectionTagger(read).fit(texts[:60], kinds[:60])
+    saved = tagger.save()
+    for one in (tagger, SectionTagger.load(saved, read)):
+        assert [label for label, _ in one.predict(["100y", "200z", "q"])] == ["a", "b", "a"]
+    for without in (
+        lambda: SectionTagger.load(saved),
+        lambda: SectionTagger.load(SectionTagger().fit(texts, kinds).save(), read),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            without()
+
+
 def test_tagger_of_two_labels_and_of_groups() -> None:
     texts = [f"{word} {number}" for number in range(20) for word in ("aspirin", "mother")]
     both = SectionTagger().fit(texts, ["a", "b"] * 20, groups=[place // 4 for place in range(40)])

@@ -123,6 +123,50 @@ def test_a_language_model_tells_what_stands_far_away() -> None:
     assert (said["reader"] == truth).mean() > 0.9 > 0.7 > (said["plain"] == truth).mean()
 
 
+def test_a_label_tells_how_something_is_denied(folder: Path) -> None:
+    """ "mike" denies a drug and affirms a symptom; where a label is the value itself it is not told."""
+    notes = toy(120)
+    for i, note in enumerate(notes):
+        span = note.spans[0]
+        note.text = note.text.replace("today", "mike").replace("zulu", "mike")
+        span.label = "drug" if i % 2 else "symptom"
+        span.attributes["certainty"] = "certain"
+    examples = Examples.of(notes)
+    learned = Attributes.fit(examples).learned["negation"]
+    assert not learned.kinds  # all drugs are denied
+    for i, note in enumerate(notes):
+        if i % 4 > 1:
+            note.text = note.text.replace("mike", "lima")
+            note.spans[0].attributes["negation"] = "affirmed" if i % 2 else "negated"
+    examples = Examples.of(notes)
+    truth = np.array([span.attributes["negation"] for span in examples.spans])
+    said = out_of_fold(examples, "negation", examples.documents, 3, 0)
+    assert (said["reader"] == truth).all()
+    fitted = Attributes.fit(examples)
+    assert fitted.learned["negation"].kinds
+    again = Attributes.of(fitted.arrays())
+    assert again(examples) == fitted(examples)
+    one = [note.model_copy(deep=True) for note in notes]
+    for note in one:
+        note.spans[0].label = "drug"
+    assert not Attributes.fit(Examples.of(one)).learned["negation"].kinds  # one label says nothing
+
+
+def test_what_was_stopped_is_learned_from_other_words_and_decided_by_no_rule() -> None:
+    notes = toy(120)
+    for i, note in enumerate(notes):
+        note.text = (
+            f"fever {i} was {('discontinued', 'refused')[i // 2 % 2] if i % 2 else ('given', 'found')[i // 2 % 2]}."
+        )
+        note.spans[0].start, note.spans[0].end = 0, 5
+    learned = Attributes.fit(Examples.of(notes))
+    new = [notes[0].model_copy(update={"text": f"fever was {word}."}) for word in ("withheld", "measured")]
+    asked = Examples.of(new)
+    assert [values["negation"] for values, _ in learned(asked)] == ["negated", "affirmed"]
+    assert [mention.rules["negation"] for mention in asked.mentions] == ["affirmed", "affirmed"]
+    assert not any(mention.cues for mention in asked.mentions)
+
+
 def test_a_value_in_one_note_only_is_scored_without_a_word_of_sklearn(folder: Path) -> None:
     notes = toy(60)
     notes[0].spans[0].attributes["experiencer"] = "family"
@@ -213,11 +257,31 @@ def test_states_are_those_of_the_whole_note_wherever_it_is_cut() -> None:
     assert States([model()])("fever", [(0, 5)]).shape == (1, 7 * width)
 
 
-def test_sections_are_learned_from_what_stands_under_headings(folder: Path) -> None:
+def test_states_of_passages_are_those_of_each_alone() -> None:
+    """Short and long ones, together and one after the other, against one reading of all tokens."""
+    long = "".join(f"w{n * 17 % 40} " for n in range(SEGMENT + 40))
+    texts = ["fever now", long, "", *(f"no fever w{n}" for n in range(20))]
+    for trained in (model(), model(backward=True)):
+        found = States([trained]).of_passages(texts)
+        for text, row in zip(texts, found, strict=True):
+            tokens = trained.tokenizer.encode([trained.clean_text(text)])[0]
+            if not len(tokens):
+                assert not row.any()
+                continue
+            read_T = torch.from_numpy((tokens[::-1] if trained.backward else tokens).astype(np.int64))
+            with torch.no_grad():
+                hidden, _ = trained.model(read_T[None], trained.model.initial_carry(1), None)  # type: ignore[operator]
+            states_TE = hidden.raw_BTE[0].numpy()
+            np.testing.assert_allclose(row, [*states_TE.mean(0), *states_TE.max(0)], atol=1e-5)
+    assert States([model(), model(True)]).of_passages(texts).shape == (23, 2 * found.shape[1])
+
+
+@pytest.mark.parametrize("more", [(), ("run=run", "backward=back")])
+def test_sections_are_learned_from_what_stands_under_headings(folder: Path, more: tuple[str, ...]) -> None:
     said = {"SOCIAL HISTORY": "He smokes a pack a day and drinks wine.", "ALLERGIES": "Penicillin gives him a rash."}
     rows = [f'{i},"{" ".join(f"{head}: {body} {i}." for head, body in said.items())}"' for i in range(120)]
     (folder / "headed.csv").write_text("id,text\n" + "\n".join(rows))
-    learned(folder, f"sections={folder}/headed.csv")
+    learned(folder, f"sections={folder}/headed.csv", *more)
     text = "She smokes and drinks wine, a pack a day. " * 6 + "Fever."
     (folder / "new.csv").write_text(f"id,text\na,{json.dumps(text)}\n")
     annotate.main([f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/new.jsonl"])
