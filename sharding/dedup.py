@@ -59,10 +59,16 @@ def note_digests(hashes: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> li
 
 def first_occurrences(digests: np.ndarray) -> np.ndarray:
     """Mask of the notes whose digest (a row of two uint64) no earlier note has."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal digests stay in input order
-    ordered = digests[order]
+    halves = digests[:, 0]
+    order = np.argsort(halves)
+    again = halves[order[1:]] == halves[order[:-1]]
+    # Few notes share half a digest with another; only these are looked at again, in input order.
+    shared = np.zeros(len(digests), bool)
+    shared[order[1:][again]] = shared[order[:-1][again]] = True
+    rows = np.flatnonzero(shared)
+    order = rows[np.lexsort((digests[rows, 1], digests[rows, 0]))]  # stable: equal digests stay in input order
     first = np.ones(len(digests), bool)
-    first[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first[order[1:]] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
     return first
 
 

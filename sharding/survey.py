@@ -72,12 +72,13 @@ def survey(
     encoded = notes.column("patient_id").combine_chunks().dictionary_encode()
     patient = encoded.indices.to_numpy()
     rank = _ranks(encoded.dictionary, seed)[patient] if order == "patients" else _shuffled(numbers, seed)
-    keys = {"split": split, "rank": rank, "row": np.arange(len(notes))}
     if order == "patients":
         _check_times(notes.column("time").filter(pa.array(keep)))
-        keys = {**keys, "time": notes.column("time")}
-    sort = [(name, "ascending") for name in ("split", "rank", "time", "row") if name in keys]
-    ordered = pc.sort_indices(pa.table(keys), sort_keys=sort).to_numpy()
+        keys = {"split": split, "rank": rank, "time": notes.column("time"), "row": np.arange(len(notes))}
+        ordered = pc.sort_indices(pa.table(keys), sort_keys=[(name, "ascending") for name in keys]).to_numpy()
+    else:
+        ordered = np.argsort(rank)  # no two are equal
+        ordered = ordered[np.argsort(split[ordered], kind="stable")]
     ordered = ordered[keep[ordered]]
     together = patient[ordered] if order == "patients" else np.arange(len(ordered))
     sizes = notes.column("n_bytes").to_numpy()[ordered]
