@@ -162,7 +162,7 @@ def transfer(negex: Corpus, maccrobat: Corpus) -> None:
         known, asked = learned.examples.having("negation"), tested.examples.having("negation")
         attribute = Attribute.fit(known, "negation")
         truth = np.array([span.attributes["negation"] == "negated" for span in asked.spans])
-        said = np.array(attribute.classes)[attribute.chosen(asked)] == "negated"
+        said = np.array(attribute.classes)[attribute(asked)[1]] == "negated"
         rules = np.array([mention.rules["negation"] == "negated" for mention in asked.mentions])
         print(f"  {name}: F1 {f1(truth, said):.1f}, rules {f1(truth, rules):.1f}")
 
@@ -170,9 +170,9 @@ def transfer(negex: Corpus, maccrobat: Corpus) -> None:
 UPPER = re.compile(r"(?:^|,|\.  ?)[ ,]*([A-Z][A-Z0-9/&()'\-.#]*(?:, ?(?=AND )| ?[ /&\-] ?[A-Z0-9/&()'\-.#]+)*):", re.M)
 
 
-def of_sections(data: Path, states: States | None) -> dict[str, float]:
+def of_sections(data: Path, states: States | None) -> tuple[dict[str, float], SectionTagger]:
     """Heading coverage on the half of MTSamples that the table was not written with, and the tagger's accuracy: of
-    MTS-Dialog's training passages alone, with MTSamples', with the language models.
+    MTS-Dialog's training passages alone, with MTSamples', with the language models; and the last tagger.
     """
     texts = sorted({row["transcription"] for row in _csv(data / "mtsamples/mtsamples.csv") if row["transcription"]})
     known = count = 0
@@ -196,7 +196,7 @@ def of_sections(data: Path, states: States | None) -> dict[str, float]:
         right = [label == row["section_header"] for (label, _), row in zip(said, valid, strict=True)]
         accuracy = 100 * float(np.mean(right))
         print(f"sections, {name:<25} {accuracy:.1f}% of {len(valid)}")
-    return {"section_accuracy": round(accuracy, 1), "heading_coverage": round(100 * known / count, 1)}
+    return {"section_accuracy": round(accuracy, 1), "heading_coverage": round(100 * known / count, 1)}, tagger
 
 
 def headed(data: Path, labels: list[str]) -> list[tuple[str, str]]:
@@ -321,7 +321,8 @@ def main() -> None:
     words = given({"work": "", "rivals": ""})
     states = language_models(data, Path(words["work"])) if words["work"] else None
     line: dict[str, Any] = {}
-    line |= of_sections(data, states)
+    figures, tagger = of_sections(data, states)
+    line |= figures
     line["lab_link_accuracy"] = lab_links(maccrobat)
     line["date_resolved"], line["date_resolved_without_age"] = dates_resolved(maccrobat)
     small, large = Corpus.of(negex, states, words["rivals"]), Corpus.of(maccrobat, states, words["rivals"])
@@ -338,7 +339,7 @@ def main() -> None:
     ):
         line[f"maccrobat_{key}_f1"] = show(f"MACCROBAT, {value}", compared(large, axis, value, labels))
     transfer(small, large)
-    line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, Reader(Attributes.fit(small.examples), states))
+    line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, Reader(Attributes.fit(large.examples), states, tagger))
     print(json.dumps(line))
 
 

@@ -24,16 +24,16 @@ PARTS = 4  # of documents, for the offsets and the scale
 SCALES = (0.0, 1.0, 3.0)  # of the states
 TIE = 0.005  # macro-F1
 OFFSETS = np.linspace(-2, 4, 25)
-FEW = 5  # mentions of a label from which nothing is concluded
+FEW = 5  # mentions of a label; of one with fewer nothing is concluded
+ARRAYS = ("rows", "weights", "states", "bias", "offsets")
 
 
-class Attribute(NamedTuple):
-    """A learned attribute: classes, and a weight per bucket and class (two classes: of the second), another per number
-    of the states. `offsets_K` are added to log-probabilities before one is chosen: rare values, as "uncertain", are
-    never likelier than not. With `kinds` the label of a mention is told too.
+class Regression(NamedTuple):
+    """A weight per bucket and class (two classes: of the second), another per number of the states. `offsets_K` are
+    added to log-probabilities before one is chosen: rare values, as "uncertain", are never likelier than not. With
+    `kinds` the label of a mention is told too.
     """
 
-    classes: tuple[str, ...]
     kinds: bool
     weights_BK: Floats
     states_PK: Floats
@@ -41,19 +41,18 @@ class Attribute(NamedTuple):
     offsets_K: Floats
 
     @classmethod
-    def fit(cls, examples: Examples, name: str) -> Attribute:
-        """Learned from the examples that have the attribute, of at least two values. How much the states count, and the
-        offsets, are those of the best macro-F1 on the documents that were left out in turn.
+    def fit(cls, examples: Examples, truth: np.ndarray, kinds: bool) -> Regression:
+        """How much the states count, and the offsets, are those of the best macro-F1 on the documents that were left
+        out in turn.
         """
-        truth = np.array([span.attributes[name] for span in examples.spans])
-        classes, kinds = np.unique(truth), _label_helps(examples, truth)
+        classes = np.unique(truth)
         tried = []
         for scale in SCALES if examples.states_NP.shape[1] else (0.0,):
             log_NK, seen = np.zeros((len(truth), len(classes))), np.zeros(len(truth), bool)
             if len(set(examples.documents)) >= PARTS:
                 for rows, held in GroupKFold(PARTS).split(truth, truth, examples.documents):
                     if len(set(truth[rows])) == len(classes):
-                        one = cls._regression(examples.rows(rows), truth[rows], kinds, scale)
+                        one = cls._scaled(examples.rows(rows), truth[rows], kinds, scale)
                         log_NK[held] = one.logs(examples.rows(held))
                         seen[held] = True
             offsets_K, score = _offsets(log_NK[seen], np.searchsorted(classes, truth[seen]))
@@ -61,10 +60,10 @@ class Attribute(NamedTuple):
         # Of nearly equal ones the least: with few mentions of a value the differences are chance.
         enough = max(score for score, _, _ in tried) - TIE
         _, scale, offsets_K = next(one for one in tried if one[0] >= enough)
-        return cls._regression(examples, truth, kinds, scale)._replace(offsets_K=offsets_K)
+        return cls._scaled(examples, truth, kinds, scale)._replace(offsets_K=offsets_K)
 
     @classmethod
-    def _regression(cls, examples: Examples, truth: np.ndarray, kinds: bool, scale: float) -> Attribute:
+    def _scaled(cls, examples: Examples, truth: np.ndarray, kinds: bool, scale: float) -> Regression:
         words, states_NP = examples.words + examples.kinds if kinds else examples.words, examples.states_NP
         mean_P, spread_P = np.zeros(states_NP.shape[1]), np.ones(states_NP.shape[1])
         if scale:
@@ -76,25 +75,47 @@ class Attribute(NamedTuple):
         if scale:
             states_PK = one.coef_.T[BUCKETS:] / spread_P[:, None]
         bias_K = one.intercept_ - mean_P @ states_PK
-        return cls(tuple(map(str, one.classes_)), kinds, weights_BK, states_PK, bias_K, np.zeros(len(one.classes_)))
+        return cls(kinds, weights_BK, states_PK, bias_K, np.zeros(len(one.classes_)))
 
     def logs(self, examples: Examples) -> Floats:
         """Log-probabilities [N, classes], none below -20."""
         words = examples.words + examples.kinds if self.kinds else examples.words
         scores = np.asarray(words @ self.weights_BK) + examples.states_NP @ self.states_PK + self.bias_K
-        if len(self.classes) == 2:
+        if scores.shape[1] == 1:
             scores = np.concatenate([np.zeros_like(scores), scores], 1)
         logs: Floats = np.maximum(scores - logsumexp(scores, 1, keepdims=True), -20)
         return logs
 
-    def chosen(self, examples: Examples) -> Ints:
-        """Places [N] in `classes`."""
-        places: Ints = (self.logs(examples) + self.offsets_K).argmax(1)
-        return places
+
+class Attribute(NamedTuple):
+    """A learned attribute. Where labels help, a mention with one of those that were learned from is read by `told`."""
+
+    classes: tuple[str, ...]
+    general: Regression
+    told: Regression | None = None
+    labels: frozenset[str] = frozenset()
+
+    @classmethod
+    def fit(cls, examples: Examples, name: str) -> Attribute:
+        """Learned from the examples that have the attribute, of at least two values."""
+        truth = np.array([span.attributes[name] for span in examples.spans])
+        found = cls(tuple(map(str, np.unique(truth))), Regression.fit(examples, truth, kinds=False))
+        labels = _labels_that_help(examples, truth)
+        return found._replace(told=Regression.fit(examples, truth, kinds=True), labels=labels) if labels else found
+
+    def __call__(self, examples: Examples) -> tuple[Floats, Ints]:
+        """Log-probabilities [N, classes], and of each mention the place in `classes` of the chosen value."""
+        logs_NK = self.general.logs(examples)
+        offsets_NK = np.tile(self.general.offsets_K, (len(logs_NK), 1))
+        if self.told:
+            known = np.array([span.label in self.labels for span in examples.spans])
+            logs_NK[known] = self.told.logs(examples)[known]
+            offsets_NK[known] = self.told.offsets_K
+        return logs_NK, (logs_NK + offsets_NK).argmax(1)
 
 
-def _label_helps(examples: Examples, truth: np.ndarray) -> bool:
-    """Whether there are two labels or more, and none says the value itself, as MACCROBAT's History does: notes to be
+def _labels_that_help(examples: Examples, truth: np.ndarray) -> frozenset[str]:
+    """The labels, where there are two or more and none says the value itself, as MACCROBAT's History does: notes to be
     read would not have that one.
     """
     labels = np.array([span.label for span in examples.spans])
@@ -102,7 +123,9 @@ def _label_helps(examples: Examples, truth: np.ndarray) -> bool:
     values, times = np.unique(truth, return_counts=True)
     usual = values[times.argmax()]
     known = names[counts >= FEW]
-    return len(known) > 1 and not any((truth[labels == name] != usual).all() for name in known)
+    if len(known) < 2 or any((truth[labels == name] != usual).all() for name in known):
+        return frozenset()
+    return frozenset(map(str, known))
 
 
 def _offsets(log_NK: Floats, truth_N: np.ndarray) -> tuple[Floats, float]:
@@ -145,33 +168,36 @@ class Attributes:
         """For every mention its values and their probabilities; what was not learned is what the rules say."""
         said = [(dict(mention.rules), dict[str, float]()) for mention in examples.mentions]
         for name, attribute in self.learned.items():
-            logs_NK = attribute.logs(examples)
-            best_N = (logs_NK + attribute.offsets_K).argmax(1)
+            logs_NK, best_N = attribute(examples)
             for (values, scores), logs_K, best in zip(said, logs_NK, best_N, strict=True):
                 values[name], scores[name] = attribute.classes[best], round(float(np.exp(logs_K[best])), 4)
         return said
 
     def arrays(self) -> dict[str, Any]:
         """All of it as arrays: only the buckets that weigh anything are kept."""
-        found: dict[str, Any] = {"names": np.frombuffer(json.dumps(sorted(self.learned)).encode(), np.uint8)}
+        about = {name: (one.classes, sorted(one.labels)) for name, one in self.learned.items()}
+        found: dict[str, Any] = {"attributes": np.frombuffer(json.dumps(about).encode(), np.uint8)}
         for name, attribute in self.learned.items():
-            rows = np.flatnonzero(np.abs(attribute.weights_BK).max(1) > 1e-9)
-            found[f"{name}.classes"] = np.frombuffer(json.dumps(attribute.classes).encode(), np.uint8)
-            found[f"{name}.rows"], found[f"{name}.bias"] = rows, attribute.bias_K
-            found[f"{name}.offsets"], found[f"{name}.states"] = attribute.offsets_K, attribute.states_PK
-            found[f"{name}.kinds"] = np.array(attribute.kinds)
-            found[f"{name}.weights"] = attribute.weights_BK[rows].astype(np.float32)
+            for part, one in (("general", attribute.general), ("told", attribute.told)):
+                if one:
+                    rows = np.flatnonzero(np.abs(one.weights_BK).max(1) > 1e-9)
+                    arrays = [rows, one.weights_BK[rows].astype(np.float32), one.states_PK, one.bias_K, one.offsets_K]
+                    found |= {f"{name}.{part}.{key}": array for key, array in zip(ARRAYS, arrays, strict=True)}
         return found
 
     @classmethod
     def of(cls, arrays: Any) -> Attributes:
         """The learned attributes of such arrays."""
+
+        def regression(name: str, kinds: bool) -> Regression:
+            part = "told" if kinds else "general"
+            rows, kept, states_PK, bias_K, offsets_K = (arrays[f"{name}.{part}.{key}"] for key in ARRAYS)
+            weights_BK = np.zeros((BUCKETS, kept.shape[1]))
+            weights_BK[rows] = kept
+            return Regression(kinds, weights_BK, states_PK, bias_K, offsets_K)
+
         found = {}
-        for name in json.loads(bytes(arrays["names"])):
-            weights = np.zeros((BUCKETS, arrays[f"{name}.weights"].shape[1]))
-            weights[arrays[f"{name}.rows"]] = arrays[f"{name}.weights"]
-            classes = tuple(json.loads(bytes(arrays[f"{name}.classes"])))
-            states_PK, bias_K, offsets_K = (arrays[f"{name}.{part}"] for part in ("states", "bias", "offsets"))
-            kinds = bool(arrays[f"{name}.kinds"])
-            found[name] = Attribute(classes, kinds, weights, states_PK, bias_K, offsets_K)
+        for name, (classes, labels) in json.loads(bytes(arrays["attributes"])).items():
+            told = regression(name, kinds=True) if labels else None
+            found[name] = Attribute(tuple(classes), regression(name, kinds=False), told, frozenset(labels))
         return cls(found)

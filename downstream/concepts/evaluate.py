@@ -70,7 +70,7 @@ def out_of_fold(examples: Examples, name: str, groups: np.ndarray, folds: int, s
         for system, k, a in (("reader", known, asked), ("plain", known.without_states(), asked.without_states())):
             if system in said:
                 attribute = Attribute.fit(k, name)
-                said[system][held] = np.array(attribute.classes)[attribute.chosen(a)]
+                said[system][held] = np.array(attribute.classes)[attribute(a)[1]]
         said["words"][held] = _tfidf(known.beside, truth[learned], asked.beside)
     return {system: said[system] for system in SYSTEMS if system in said}
 

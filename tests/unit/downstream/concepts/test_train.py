@@ -133,7 +133,7 @@ def test_a_label_tells_how_something_is_denied(folder: Path) -> None:
         span.attributes["certainty"] = "certain"
     examples = Examples.of(notes)
     learned = Attributes.fit(examples).learned["negation"]
-    assert not learned.kinds  # all drugs are denied
+    assert not learned.told  # all drugs are denied
     for i, note in enumerate(notes):
         if i % 4 > 1:
             note.text = note.text.replace("mike", "lima")
@@ -143,13 +143,17 @@ def test_a_label_tells_how_something_is_denied(folder: Path) -> None:
     said = out_of_fold(examples, "negation", examples.documents, 3, 0)
     assert (said["reader"] == truth).all()
     fitted = Attributes.fit(examples)
-    assert fitted.learned["negation"].kinds
+    assert fitted.learned["negation"].labels == {"drug", "symptom"}
     again = Attributes.of(fitted.arrays())
     assert again(examples) == fitted(examples)
-    one = [note.model_copy(deep=True) for note in notes]
-    for note in one:
+    for note in notes:
         note.spans[0].label = "drug"
-    assert not Attributes.fit(Examples.of(one)).learned["negation"].kinds  # one label says nothing
+    without = Attributes.fit(Examples.of(notes))
+    assert not without.learned["negation"].told  # one label says nothing
+    for note in notes:
+        note.spans[0].label = "organ"  # a label that nothing was learned of
+    strange = Examples.of(notes)
+    assert again(strange) == without(strange)
 
 
 def test_what_was_stopped_is_learned_from_other_words_and_decided_by_no_rule() -> None:
