@@ -17,12 +17,15 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 # 128 bits: among 10^9 notes the chance of one false match is about 10^-21.
 DIGEST_BYTES = 16
 SHINGLE_WORDS = 5
 SKETCH_BINS = 128  # standard error of a similarity of 0.7: 0.04
 SKETCH_BYTES = 2 * SKETCH_BINS
+AT_A_TIME = 8192  # strings, whose bytes and what is made of them stay in the processor's cache
 
 # The words of a cleaned text as `clean` counts them: a line end is one, and so is a word with its mark.
 _WORDS = re.compile(r"\n|(?:xx(?:maj|up) )?[^ \n]+")
@@ -70,6 +73,31 @@ def first_occurrences(digests: np.ndarray) -> np.ndarray:
     first = np.ones(len(digests), bool)
     first[order[1:]] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
     return first
+
+
+def byte_sums(strings: pa.ChunkedArray) -> np.ndarray:
+    """A number (uint64) for each string: of equal ones the same, of others nearly always another."""
+    pieces = [one.slice(start, AT_A_TIME) for one in strings.chunks for start in range(0, len(one), AT_A_TIME)]
+    return np.concatenate([np.empty(0, np.uint64), *map(_byte_sums, pieces)])
+
+
+def _byte_sums(strings: pa.StringArray) -> np.ndarray:
+    offsets = np.frombuffer(strings.buffers()[1] or bytes(4), np.int32)[strings.offset :][: len(strings) + 1]
+    signs = np.frombuffer(strings.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+    lengths = np.diff(offsets)
+    within = np.arange(len(signs)) - np.repeat(offsets[:-1] - offsets[0], lengths)
+    weights = mixed(np.arange(1, lengths.max(initial=0) + 1, dtype=np.uint64))
+    summed = np.concatenate([np.zeros(1, np.uint64), np.cumsum((signs + np.uint64(1)) * weights[within])])
+    places = offsets - offsets[0]
+    return np.diff(summed[places])
+
+
+def all_differ(strings: pa.ChunkedArray, sums: np.ndarray) -> bool:
+    """Whether no string stands twice, none being null, by their `byte_sums`: a quarter of the time that a table of the
+    strings takes, which is made only where two of these are equal.
+    """
+    ordered = np.sort(sums)
+    return bool((ordered[1:] != ordered[:-1]).all()) or pc.count_distinct(strings).as_py() == len(strings)
 
 
 def sketches(hashes: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import DataError
 from sharding import parts
-from sharding.dedup import first_occurrences, mixed
+from sharding.dedup import all_differ, byte_sums, first_occurrences, mixed
 from sharding.schema import SPLITS, Run
 
 # Parts whose sketches one task compares: 256 bytes a note.
@@ -85,15 +85,21 @@ def survey(
     shards, shard_of, place_of = _cut(split[ordered], together, sizes, shard_bytes)
     shard, place = np.full(len(notes), -1, np.int32), np.zeros(len(notes), np.int32)
     shard[ordered], place[ordered] = shard_of, place_of
-    stay = {name: keep & (split == number) for number, name in enumerate(SPLITS)}
+    staying = np.zeros(len(encoded.dictionary), bool)
+    staying[patient[ordered]] = True
+    split_of_patient = np.zeros(len(staying), np.int8)
+    split_of_patient[patient] = split
+    notes_of, patients_of = (
+        np.bincount(of, minlength=len(SPLITS)).tolist() for of in (split[ordered], split_of_patient[staying])
+    )
     return Survey(
         shards,
         np.split(shard, ends),
         np.split(place, ends),
         np.split(split, ends),
         np.split(digests[:, 0], ends),
-        Counter({name: int(mask.sum()) for name, mask in stay.items()}),
-        {name: len(np.unique(patient[mask])) for name, mask in stay.items()},
+        Counter(dict(zip(SPLITS, notes_of, strict=True))),
+        dict(zip(SPLITS, patients_of, strict=True)),
         drops,
     )
 
@@ -105,7 +111,7 @@ def _words_of(digests: pa.FixedSizeBinaryArray) -> np.ndarray:
 
 
 def _check_unique(names: pa.ChunkedArray) -> None:
-    if len(pc.unique(names)) != len(names):
+    if not all_differ(names, byte_sums(names)):
         counted = names.value_counts()
         twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
         raise DataError(f"doc_id {pc.min(twice).as_py()} stands twice in the input; it must name one note")
@@ -159,9 +165,9 @@ def _cut(
         begin = np.repeat(begin[leaders], np.diff(np.append(leaders, len(rows))))
         total = int(sizes[rows].sum())
         wanted = max(round(total / shard_bytes), 1)
-        used, found = np.unique(begin * wanted // total, return_inverse=True)
+        found = np.cumsum(np.diff(begin * wanted // total, prepend=0) > 0)  # a shard that no note begins in is none
         shard[rows] = found + len(names)
-        names += [f"{name}-{place:05d}" for place in range(len(used))]
+        names += [f"{name}-{place:05d}" for place in range(int(found[-1]) + 1)]
     starts = np.flatnonzero(np.diff(shard, prepend=-1))
     place = np.arange(len(shard)) - np.repeat(starts, np.diff(np.append(starts, len(shard))))
     return names, shard, place.astype(np.int32)

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster import config, logs, storage
 from cluster.errors import DataError, StorageError
 from sharding import stats
+from sharding.dedup import all_differ, byte_sums
 from sharding.schema import FORMAT_VERSION, SPLITS, shard_schema, token_dtype
 from sharding.shards import MANIFEST, PLAN, SHARD_NAME, TOKENIZER, WORK, content_fingerprint, marks_stand, seal_holds
 from sharding.splits import SplitConfig, split_of
@@ -101,6 +102,7 @@ class _Found:
     name: str = ""
     size: int = 0  # bytes read
     docs: pa.Array | None = None  # each once
+    doc_sums: np.ndarray | None = None  # their byte_sums
     patients: pa.Array | None = None  # each once
     counted: dict[str, Any] | None = None  # as stats.of_shard
 
@@ -389,6 +391,7 @@ def _opened(
             found.counted = stats.of_shard(pa.Table.from_batches([batch]), tokenizer)
     docs = batch.column("doc_id")
     found.docs, found.patients = docs.unique(), batch.column("patient_id").unique()
+    found.doc_sums = byte_sums(pa.chunked_array([found.docs]))
     if len(found.docs) < len(docs):
         faults.append(f"holds notes with the same doc_id ({len(docs) - len(found.docs):,})")
     return faults
@@ -401,7 +404,9 @@ def _within(part: pa.Buffer | None, whole: pa.Buffer) -> bool:
 def _repeated(found: list[_Found]) -> list[str]:
     """Notes that stand in two shards."""
     docs = pa.chunked_array([one.docs for one in found if one.docs is not None], pa.string())
-    if pc.count_distinct(docs).as_py() == len(docs):
+    if all_differ(
+        docs, np.concatenate([np.empty(0, np.uint64), *(one.doc_sums for one in found if one.doc_sums is not None)])
+    ):
         return []
     counted = docs.value_counts()
     twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")

@@ -10,7 +10,10 @@ import pytest
 
 from sharding.clean import CleanConfig, clean, clean_notes
 from sharding.dedup import (
+    AT_A_TIME,
     SHINGLE_WORDS,
+    all_differ,
+    byte_sums,
     first_occurrences,
     folded,
     near_duplicates,
@@ -96,3 +99,19 @@ def test_a_copy_of_a_copy_that_went_stays_only_if_it_differs_from_what_stayed() 
     found = sketched([first, other, second, first, second])
     assert near_duplicates(found, 0.8).tolist() == [False, False, True, True, True]
     assert near_duplicates(found, 1.0).tolist() == [False, False, False, True, True]
+
+
+def test_strings_that_stand_twice_are_found_and_no_others() -> None:
+    signs = ["", "a", "b", "ab", "ba", "a\0", "\0a", "é" * 5, "x" * 1000, "x" * 999 + "y"]
+    many = [f"n{number}" for number in range(2 * AT_A_TIME + 5)]
+    for strings in (signs, many, [], [""], [*many, *signs]):
+        whole = pa.array(strings, pa.string())
+        cut = pa.chunked_array([whole.slice(0, len(whole) // 3), whole.slice(len(whole) // 3)], pa.string())
+        sums = byte_sums(cut)
+        assert sums.tolist() == byte_sums(pa.chunked_array([whole])).tolist()
+        assert len(set(sums.tolist())) == len(strings)
+        assert all_differ(cut, sums)
+        assert all_differ(cut, np.zeros(len(strings), np.uint64))  # equal sums: the strings themselves are compared
+        for twice in strings[:1] + strings[-1:]:
+            again = pa.chunked_array([*cut.chunks, pa.array([twice])])
+            assert not all_differ(again, byte_sums(again))
