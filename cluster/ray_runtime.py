@@ -89,7 +89,7 @@ def map_tasks(
     """Runs `task(*item)` for every item as Ray tasks of one CPU (and `gpus`); yields (index, result) as they end.
 
     Items are taken lazily, at most `in_flight` at a time, so a stream larger than memory may be given; where that is
-    every CPU, an eighth more wait beside a CPU for the one that is free next (4 ms a task, measured). A task whose
+    every CPU, an eighth more, two at least, wait for the CPU that is free next (up to 7 ms a task, measured). A task whose
     worker process dies is run again up to `retries` times: tasks must be pure or write atomically. Where tasks fail,
     the error of the first item that fails is raised, whichever failed sooner: an error of the user's making
     (ChartlmError) comes out as itself; what still runs is cancelled. Without `start` the tasks run in this process.
@@ -107,7 +107,7 @@ def map_tasks(
         return task(*item)
 
     if in_flight >= cpus():
-        in_flight += max(in_flight // 8, 1)
+        in_flight += max(in_flight // 8, 2)
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(in_job)
     running: dict[Any, int] = {}
     try:
