@@ -89,9 +89,9 @@ def map_tasks(
     """Runs `task(*item)` for every item as Ray tasks of one CPU (and `gpus`); yields (index, result) as they end.
 
     Items are taken lazily, at most `in_flight` at a time, so a stream larger than memory may be given; where that is
-    every CPU, an eighth more, two at least, wait for the CPU that is free next (up to 7 ms a task, measured). A task whose
-    worker process dies is run again up to `retries` times: tasks must be pure or write atomically. Where tasks fail,
-    the error of the first item that fails is raised, whichever failed sooner: an error of the user's making
+    every CPU, an eighth more, two at least, wait for the one that is free next (up to 7 ms a task, measured). A task
+    whose worker process dies is run again up to `retries` times: tasks must be pure or write atomically. Where tasks
+    fail, the error of the first item that fails is raised, whichever failed sooner: an error of the user's making
     (ChartlmError) comes out as itself; what still runs is cancelled. Without `start` the tasks run in this process.
     """
     if not ray.is_initialized():
