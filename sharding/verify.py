@@ -102,7 +102,7 @@ class _Found:
     name: str = ""
     size: int = 0  # bytes read
     docs: pa.Array | None = None  # each once
-    doc_sums: np.ndarray | None = None  # their byte_sums
+    doc_sums: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # their byte_sums
     patients: pa.Array | None = None  # each once
     counted: dict[str, Any] | None = None  # as stats.of_shard
 
@@ -404,9 +404,7 @@ def _within(part: pa.Buffer | None, whole: pa.Buffer) -> bool:
 def _repeated(found: list[_Found]) -> list[str]:
     """Notes that stand in two shards."""
     docs = pa.chunked_array([one.docs for one in found if one.docs is not None], pa.string())
-    if all_differ(
-        docs, np.concatenate([np.empty(0, np.uint64), *(one.doc_sums for one in found if one.doc_sums is not None)])
-    ):
+    if not found or all_differ(docs, np.concatenate([one.doc_sums for one in found])):
         return []
     counted = docs.value_counts()
     twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
