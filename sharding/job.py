@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from cluster import arrow, config, logs, ray_runtime, storage
+from cluster import arrow, config, logs, memory, ray_runtime, storage
 from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from sharding import parts, stats, tokenizer
@@ -91,6 +91,7 @@ def main(args: list[str]) -> None:
 def run(recipe: ShardRecipe) -> Corpus:
     """Makes the corpus of a recipe, or goes on making it, or finds that it is there already."""
     arrow.settle()
+    memory.keep_freed()
     donor = Corpus.open(recipe.tokenizer_from) if recipe.tokenizer_from else None
     # Tasks run in other processes, whose working directory may be another one.
     output = storage.absolute(recipe.output)

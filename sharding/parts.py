@@ -28,9 +28,9 @@ from cluster.errors import StorageError
 from sharding import dedup, stats
 from sharding.clean import CleanConfig, clean_notes
 from sharding.readers import ReaderConfig
-from sharding.schema import SPLITS, Block, shard_schema
+from sharding.schema import Block, shard_schema
 from sharding.shards import TOKENIZER, write_shard
-from sharding.splits import SplitConfig, split_of
+from sharding.splits import SplitConfig, splits_of
 from sharding.tokenizer import Tokenizer, units
 
 Compare = Literal["off", "exact", "near"]
@@ -118,8 +118,7 @@ def read_block(
 
 def _splits(patients: pa.StringArray, config: SplitConfig) -> np.ndarray:
     encoded = patients.dictionary_encode()
-    chosen = [SPLITS.index(split_of(patient, config)) for patient in encoded.dictionary.to_pylist()]
-    split: np.ndarray = np.array(chosen, np.int8)[encoded.indices.to_numpy()]
+    split: np.ndarray = splits_of(encoded.dictionary.to_pylist(), config)[encoded.indices.to_numpy()]
     return split
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from cluster.errors import DataError
 from sharding import parts
-from sharding.dedup import all_differ, byte_sums, first_occurrences, mixed
+from sharding.dedup import all_differ, byte_sums, first_occurrences, mixed, rows_by
 from sharding.schema import SPLITS, Run
 
 # Parts whose sketches one task compares: 256 bytes a note.
@@ -53,12 +53,11 @@ def survey(
     lengths = [len(table) for table in tables]
     ends = np.cumsum(lengths)[:-1]
     nothing = parts.NOTE_SCHEMA.empty_table().select(COLUMNS)
-    notes = pa.concat_tables([nothing, *tables]).combine_chunks()
-    del tables  # and with them the files they are maps of
+    notes = pa.concat_tables([nothing, *tables])  # maps of files: to copy what is looked at once takes longer
     numbers = notes.column("record").to_numpy() + np.repeat(firsts[:-1], lengths) + 1
     names = notes.column("doc_id")
     _check_unique(pc.coalesce(names, pa.array(numbers).cast(pa.string())) if names.null_count else names)
-    digests = _words_of(notes.column("digest").combine_chunks())
+    digests = np.concatenate([_words_of(chunk) for chunk in notes.column("digest").chunks])
     drops: Counter[str] = Counter()
     keep = np.ones(len(notes), bool)
     if dedup != "off":
@@ -69,7 +68,7 @@ def survey(
         drops["near_duplicate"] = int(copies.sum())
         keep &= ~copies
     split = notes.column("split").to_numpy()
-    encoded = notes.column("patient_id").combine_chunks().dictionary_encode()
+    encoded = notes.column("patient_id").dictionary_encode().combine_chunks()
     patient = encoded.indices.to_numpy()
     rank = _ranks(encoded.dictionary, seed)[patient] if order == "patients" else _shuffled(numbers, seed)
     if order == "patients":
@@ -77,8 +76,8 @@ def survey(
         keys = {"split": split, "rank": rank, "time": notes.column("time"), "row": np.arange(len(notes))}
         ordered = pc.sort_indices(pa.table(keys), sort_keys=[(name, "ascending") for name in keys]).to_numpy()
     else:
-        ordered = np.argsort(rank)  # no two are equal
-        ordered = ordered[np.argsort(split[ordered], kind="stable")]
+        ordered = rows_by(rank)
+        ordered = np.concatenate([ordered[split[ordered] == number] for number in range(len(SPLITS))])
     ordered = ordered[keep[ordered]]
     together = patient[ordered] if order == "patients" else np.arange(len(ordered))
     sizes = notes.column("n_bytes").to_numpy()[ordered]

@@ -36,7 +36,7 @@ from sharding import stats
 from sharding.dedup import all_differ, byte_sums
 from sharding.schema import FORMAT_VERSION, SPLITS, shard_schema, token_dtype
 from sharding.shards import MANIFEST, PLAN, SHARD_NAME, TOKENIZER, WORK, content_fingerprint, marks_stand, seal_holds
-from sharding.splits import SplitConfig, split_of
+from sharding.splits import SplitConfig, splits_of
 from sharding.stats import PICTURE, STATS
 from sharding.tokenizer import Tokenizer
 
@@ -424,23 +424,27 @@ def _repeated(found: list[_Found]) -> list[str]:
 def _misplaced(found: list[_Found], manifest: _Manifest) -> list[str]:
     """Patients who are not in the split that is theirs: also where a patient is in two, one of them is wrong."""
     faults = []
+    looked = [one for one in found if one.patients is not None]
+    everyone = pa.chunked_array([one.patients for one in looked], pa.string())
+    ends = np.cumsum([len(chunk) for chunk in everyone.chunks])
+    encoded = everyone.combine_chunks().dictionary_encode()
+    patients, of_shard = encoded.dictionary, np.split(encoded.indices.to_numpy(), ends)[:-1]
     for name in manifest.splits:
-        patients = [one.patients for one in found if one.split == name]
-        if None not in patients:
-            number = pc.count_distinct(pa.chunked_array(patients, pa.string())).as_py()
-            if number != (said := manifest.splits[name].patients):
+        if all(one.patients is not None for one in found if one.split == name):
+            present = np.zeros(len(patients), bool)
+            for one, indices in zip(looked, of_shard, strict=True):
+                present[indices] |= one.split == name
+            if (number := int(present.sum())) != (said := manifest.splits[name].patients):
                 faults.append(f"{MANIFEST}: split {name} has {number:,} patients, not {said:,}; {AGAIN}")
     try:
         splitting = SplitConfig.model_validate(manifest.recipe["splits"])
     except (KeyError, ValidationError):
         return [*faults, f"{MANIFEST}: its recipe says not how patients are split; {AGAIN}"]
-    looked = [(one, one.patients) for one in found if one.patients is not None]
-    everyone = pa.chunked_array([patients for _, patients in looked], pa.string()).unique()
-    splits = pa.array([split_of(patient, splitting) for patient in everyone.to_pylist()], pa.string())
-    for one, patients in looked:
-        strange = pc.not_equal(splits.take(pc.index_in(patients, everyone)), one.split)
-        if number := pc.sum(strange).as_py():
-            first = patients.filter(strange)[0]
+    own = splits_of(patients.to_pylist(), splitting)
+    for one, indices in zip(looked, of_shard, strict=True):
+        strange = indices[own[indices] != SPLITS.index(one.split)]
+        if number := len(strange):
+            first = patients[strange[0]]
             faults.append(f"{one.name}: holds patients of another split ({number:,}; the first: {first}); {AGAIN}")
     return faults
 

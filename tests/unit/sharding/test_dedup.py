@@ -18,6 +18,7 @@ from sharding.dedup import (
     folded,
     near_duplicates,
     note_digests,
+    rows_by,
     similarity,
     sketches,
     text_digest,
@@ -34,6 +35,15 @@ def test_first_occurrence_stays() -> None:
     half = np.array([[1, 2], [1, 3], [2, 2], [1, 2]], np.uint64)
     assert first_occurrences(half).tolist() == [True, True, True, False]
     assert first_occurrences(np.empty((0, 2), np.uint64)).tolist() == []
+
+
+def test_rows_come_in_the_order_of_their_values() -> None:
+    drawn = np.random.default_rng(1)
+    near = np.uint64(7 << 40) + drawn.integers(0, 90, 500, dtype=np.uint64)  # alike in all but their last bits
+    far = drawn.integers(0, 1 << 64, 3000, dtype=np.uint64)
+    ends = np.array([0, (1 << 64) - 1, 0], np.uint64)
+    for values in (np.concatenate([far, near, ends, far[:10], near]), near, ends, ends[:1], ends[:0]):
+        assert rows_by(values).tolist() == np.argsort(values, kind="stable").tolist()
 
 
 def test_digest_is_the_same_on_every_machine() -> None:
