@@ -152,7 +152,8 @@ class Watched:
 def _ours(recipe: dict[str, Any], work: Path, cores: int | None = None) -> dict[str, Any]:
     """What `_job` says of a process of its own, which has the first `cores` processors if given."""
     pinned = ["taskset", "--cpu-list", f"0-{cores - 1}"] if cores else []
-    return _child([*pinned, sys.executable, __file__, f"work={work}", f"job={json.dumps(recipe)}"])
+    as_verbs_do = ["env", "NUMPY_MADVISE_HUGEPAGE=0"]
+    return _child([*as_verbs_do, *pinned, sys.executable, __file__, f"work={work}", f"job={json.dumps(recipe)}"])
 
 
 def _rival(options: Options, job: str, *settings: str) -> dict[str, Any]:
@@ -347,6 +348,7 @@ def _lengthened(path: Path, work: Path, patients: int) -> None:
 
 def _archive(source: str, work: Path, patients: int) -> dict[str, Any]:
     if not Path(source).exists():
+        Path(source).parent.mkdir(parents=True, exist_ok=True)
         _lengthened(Path(source), work, patients)
     recipe = tomllib.loads((ROOT / "recipes/mimic3/shard.toml").read_text())
     changes = {"input": str(Path(source).absolute()), "output": str(work / "shards")}

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from downstream.frozen import Frozen, FrozenConfig, chosen, regress, told
+from downstream import regression
+from downstream.frozen import told
 from downstream.metrics import Floats, Ints, selection
+from downstream.regression import STRENGTHS
 from downstream.tasks.examples import Example
 
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # inverse regularization C
 MAX_FEATURES = 100_000
 WORD = r"(?u)\b\w\w+\b|\b[lrc]_\S+"
 
@@ -58,14 +59,14 @@ def tfidf_regression(
 
     def said(names: tuple[str, ...], strength: float, split: str) -> Floats:
         vectorizer, features, known = fits[names]
-        model = Frozen(FrozenConfig(), regress(features, known, strength))
-        return model.of_features(vectorizer.transform(texts[split]))
+        found = regression.regress(features, known, strength)
+        return regression.probabilities(found, vectorizer.transform(texts[split]))
 
     both = ("train", "valid")
     fits = {names: fitted(names) for names in ([("train",), both] if refit else [("train",)])}
     if refit:
         patients = [example.patient_id for name in both for example in splits[name]]
-        strength, _ = chosen(fits[both][1], fits[both][2], patients, STRENGTHS, 0)
+        strength, _ = regression.chosen(fits[both][1], fits[both][2], patients, STRENGTHS, 0)
     else:
         strength = max(STRENGTHS, key=lambda one: selection(labels["valid"], said(("train",), one, "valid")))
     test = said(both if refit else ("train",), strength, "test")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,11 +25,7 @@ import torch
 from pydantic import Field
 from scipy.linalg import eigh
 from sklearn.decomposition import TruncatedSVD
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
@@ -38,15 +33,14 @@ from cluster.config import Section
 from downstream.classifier import Batch, NoteClassifier, batches, padded
 from downstream.metrics import Floats, Ints, selection
 from downstream.reading import Note
+from downstream.regression import MANY, STRENGTHS, chosen, cuts_of, probabilities, regress
 from downstream.tasks.examples import Example
 
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # inverse regularization C
-MANY = 1000  # notes
 SCALES = (0.0, 0.3, 1.0, 2.0)  # of the states
 TIE = 0.005  # of the score: states that gain no more are left out
 TOPICS, TOPICS_BESIDE = 150, 300  # of a whole note, beside a mention
 ENOUGH = 2000  # notes, of those with and without labels, to choose the spread of topics by
-REPEATS = 3  # of the folds, for fewer than MANY
+REPEATS = 3  # of the folds, for fewer than MANY notes
 SPREADS = (1.0, 0.0, -1.0)  # of topics: every axis alike, as LSA has them, the first above all
 BESIDE = (16, 64)  # tokens on each side of a mention over which states are averaged
 NEAR, FAR = 15, 60  # words on each side of a mention
@@ -221,19 +215,7 @@ class Frozen:
 
     def __call__(self, examples: Sequence[Example], states_NP: Floats | None) -> Floats:
         """Probabilities [N, K]; where the model `reads`, the pooled states are asked for."""
-        return self.of_features(_joined(self.blocks(examples, states_NP), float(self.arrays["scale"])))
-
-    def of_features(self, features: sparse.csr_matrix | Floats) -> Floats:
-        """Probabilities [N, K] of rows of features."""
-        logits_NK = features @ self.arrays["weight"].T + self.arrays["bias"]
-        if self.arrays["several"]:
-            alone: Floats = 1 / (1 + np.exp(-logits_NK))
-            return alone
-        if logits_NK.shape[1] == 1:
-            logits_NK = np.concatenate([np.zeros_like(logits_NK), logits_NK], 1)
-        raised = np.exp(logits_NK - logits_NK.max(1, keepdims=True))
-        found: Floats = raised / raised.sum(1, keepdims=True)
-        return found
+        return probabilities(self.arrays, _joined(self.blocks(examples, states_NP), float(self.arrays["scale"])))
 
 
 def _joined(blocks: Mapping[str, sparse.csr_matrix], scale: float) -> sparse.csr_matrix:
@@ -266,40 +248,10 @@ def fit(
         scale = 0.0
     strength = tried[scale][0]
     features = {name: _joined(found, scale) for name, found in blocks.items()}
-    said = Frozen(settings, regress(features["train"], train[2], strength)).of_features(features["valid"])
+    said = probabilities(regress(features["train"], train[2], strength), features["valid"])
     model = Frozen(settings, {**arrays, "scale": np.array(scale), **regress(_joined(both, scale), labels, strength)})
     about = {"strength": strength, "scale": scale, "spread": spread}
-    return {"valid": said, "test": model.of_features(features["test"])}, model, about
-
-
-def chosen(
-    features: sparse.csr_matrix, labels: Ints, patients: Sequence[str], strengths: Sequence[float], seed: int
-) -> tuple[float, float]:
-    """The C with the best score of predictions out of five folds by patient (three of many notes), and that score: with
-    some hundred labels a fifth of them alone is a bad guide.
-    """
-    rows = _spanned(features)[0] if _few(features) else features
-    cuts = _cuts(labels, patients, seed)
-    scores = {}
-    for strength in strengths:
-        said = []
-        for learned, left in cuts:
-            model = Frozen(FrozenConfig(), regress(rows[learned], labels[learned], strength))
-            said.append(model.of_features(rows[left]))
-        if len({one.shape[1] for one in said}) > 1:
-            return strength, 0.0  # a class is missing in a fold: too few notes to choose
-        order = np.concatenate([left for _, left in cuts])
-        scores[strength] = selection(labels[order], np.concatenate(said))
-    best = max(scores, key=lambda one: scores[one])
-    return best, scores[best]
-
-
-def _cuts(labels: Ints, patients: Sequence[str], seed: int) -> list[tuple[Ints, Ints]]:
-    strata = labels if labels.ndim == 1 else labels.argmax(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class with fewer notes than folds
-        cutter = StratifiedGroupKFold(5 if len(labels) < MANY else 3, shuffle=True, random_state=seed)
-        return list(cutter.split(strata, strata, patients))
+    return {"valid": said, "test": probabilities(model.arrays, features["test"])}, model, about
 
 
 def _spread(
@@ -324,7 +276,7 @@ def _spread(
     said: dict[tuple[float, float], list[Floats]] = {(spread, c): [] for spread in SPREADS for c in STRENGTHS}
     # Of a few hundred labels one cut is a bad guide.
     repeats = range(REPEATS if len(labels) < MANY else 1)
-    cuts = [cut for repeat in repeats for cut in _cuts(labels, patients[: len(notes)].tolist(), seed + repeat)]
+    cuts = [cut for repeat in repeats for cut in cuts_of(labels, patients[: len(notes)].tolist(), seed + repeat)]
     for learned, left in cuts:
         inside = np.flatnonzero(~np.isin(patients, patients[left]))
         axes = min(settings.topics or TOPICS, len(inside) - 1)
@@ -337,52 +289,13 @@ def _spread(
         for spread in SPREADS:
             rows = sparse.hstack([*words_NW, sparse.csr_matrix(normalize(topics_NT / found_T**spread))]).tocsr()
             for c in STRENGTHS:
-                said[spread, c].append(
-                    Frozen(settings, regress(rows[learned], labels[learned], c)).of_features(rows[left])
-                )
+                said[spread, c].append(probabilities(regress(rows[learned], labels[learned], c), rows[left]))
     if any(len({one.shape[1] for one in some}) > 1 for some in said.values()):
         return 0.0, STRENGTHS  # a class is missing in a fold: too few notes to choose
     truth = labels[np.concatenate([left for _, left in cuts])]
     spread, strength = max(said, key=lambda key: selection(truth, np.concatenate(said[key])))
     # The best C depends on how many notes there are; of many, inside and outside look alike.
     return spread, (strength,) if len(notes) == len(labelled) else STRENGTHS
-
-
-def regress(features: sparse.csr_matrix | Floats, labels: Ints, strength: float) -> dict[str, Any]:
-    """`weight`, `bias` and `several` of a balanced logistic regression."""
-    one = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000, tol=1e-3)
-    if few := _few(features):
-        wide = features
-        features, base_NR = _spanned(wide)
-        one.tol = 1e-4
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        if labels.ndim == 2:
-            many = OneVsRestClassifier(one).fit(features, labels).estimators_
-            weight, bias = np.concatenate([m.coef_ for m in many]), np.concatenate([m.intercept_ for m in many])
-        else:
-            one.fit(features, labels)
-            weight, bias = one.coef_, one.intercept_
-    if few:
-        weight = (wide.T @ (base_NR @ weight.T)).T
-    return {"weight": weight, "bias": bias, "several": np.array(labels.ndim == 2)}
-
-
-def _few(features: sparse.csr_matrix | Floats) -> bool:
-    return bool(features.shape[0] < min(MANY, features.shape[1]))
-
-
-def _spanned(features: sparse.csr_matrix | Floats) -> tuple[Floats, Floats]:
-    """The rows [N, R] in an orthonormal base of what they span, and that base [N, R] as sums of rows. Products of rows
-    stay, and with them the regression: with a hundred words for every note it is found many times as fast.
-    """
-    if isinstance(features, np.ndarray):
-        values_R, vectors_NR = np.linalg.eigh(features @ features.T)
-    else:
-        values_R, vectors_NR = np.linalg.eigh((features @ features.T).toarray())
-    kept = values_R > 1e-10 * values_R[-1]
-    root_R = np.sqrt(values_R[kept])
-    return vectors_NR[:, kept] * root_R, vectors_NR[:, kept] / root_R
 
 
 def _learn_blocks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,36 +56,31 @@ def survey(
     nothing = parts.NOTE_SCHEMA.empty_table().select(COLUMNS)
     notes = pa.concat_tables([nothing, *tables])  # maps of files: to copy what is looked at once takes longer
     numbers = notes.column("record").to_numpy() + np.repeat(firsts[:-1], lengths) + 1
-    names = notes.column("doc_id")
-    _check_unique(pc.coalesce(names, pa.array(numbers).cast(pa.string())) if names.null_count else names)
-    digests = np.concatenate([_words_of(chunk) for chunk in notes.column("digest").chunks])
-    drops: Counter[str] = Counter()
-    keep = np.ones(len(notes), bool)
-    if dedup != "off":
-        keep = first_occurrences(digests)
-        drops["duplicate"] = int((~keep).sum())
-    if dedup == "near":
-        copies = _near(work, np.split(keep, ends), near_similarity, run)
-        drops["near_duplicate"] = int(copies.sum())
-        keep &= ~copies
     split = notes.column("split").to_numpy()
-    encoded = notes.column("patient_id").dictionary_encode().combine_chunks()
-    patient = encoded.indices.to_numpy()
-    rank = _ranks(encoded.dictionary, seed)[patient] if order == "patients" else _shuffled(numbers, seed)
-    if order == "patients":
-        _check_times(notes.column("time").filter(pa.array(keep)))
-        keys = {"split": split, "rank": rank, "time": notes.column("time"), "row": np.arange(len(notes))}
-        ordered = pc.sort_indices(pa.table(keys), sort_keys=[(name, "ascending") for name in keys]).to_numpy()
-    else:
-        ordered = rows_by(rank)
-        ordered = np.concatenate([ordered[split[ordered] == number] for number in range(len(SPLITS))])
+    with ThreadPoolExecutor(1) as beside:  # the workers have nothing to do meanwhile
+        ordering = beside.submit(_in_order, notes, numbers, split, order, seed)
+        names = notes.column("doc_id")
+        _check_unique(pc.coalesce(names, pa.array(numbers).cast(pa.string())) if names.null_count else names)
+        digests = np.concatenate([_words_of(chunk) for chunk in notes.column("digest").chunks])
+        drops: Counter[str] = Counter()
+        keep = np.ones(len(notes), bool)
+        if dedup != "off":
+            keep = first_occurrences(digests)
+            drops["duplicate"] = int((~keep).sum())
+        if dedup == "near":
+            copies = _near(work, np.split(keep, ends), near_similarity, run)
+            drops["near_duplicate"] = int(copies.sum())
+            keep &= ~copies
+        if order == "patients":
+            _check_times(notes.column("time").filter(pa.array(keep)))
+        ordered, patient, patients = ordering.result()
     ordered = ordered[keep[ordered]]
     together = patient[ordered] if order == "patients" else np.arange(len(ordered))
     sizes = notes.column("n_bytes").to_numpy()[ordered]
     shards, shard_of, place_of = _cut(split[ordered], together, sizes, shard_bytes)
     shard, place = np.full(len(notes), -1, np.int32), np.zeros(len(notes), np.int32)
     shard[ordered], place[ordered] = shard_of, place_of
-    staying = np.zeros(len(encoded.dictionary), bool)
+    staying = np.zeros(patients, bool)
     staying[patient[ordered]] = True
     split_of_patient = np.zeros(len(staying), np.int8)
     split_of_patient[patient] = split
@@ -101,6 +97,22 @@ def survey(
         dict(zip(SPLITS, patients_of, strict=True)),
         drops,
     )
+
+
+def _in_order(
+    notes: pa.Table, numbers: np.ndarray, split: np.ndarray, order: str, seed: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """All rows in the order of shards; the patient of each row, as a number; how many patients there are."""
+    encoded = notes.column("patient_id").dictionary_encode().combine_chunks()
+    patient = encoded.indices.to_numpy()
+    if order == "patients":
+        rank = _ranks(encoded.dictionary, seed)[patient]
+        keys = {"split": split, "rank": rank, "time": notes.column("time"), "row": np.arange(len(notes))}
+        ordered = pc.sort_indices(pa.table(keys), sort_keys=[(name, "ascending") for name in keys]).to_numpy()
+    else:
+        ordered = rows_by(_shuffled(numbers, seed))
+        ordered = np.concatenate([ordered[split[ordered] == number] for number in range(len(SPLITS))])
+    return ordered, patient, len(encoded.dictionary)
 
 
 def _words_of(digests: pa.FixedSizeBinaryArray) -> np.ndarray:

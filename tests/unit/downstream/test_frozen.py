@@ -1,13 +1,11 @@
-"""The frozen mode: one regression however it is found; topics spread as it serves; states that must earn a place."""
+"""The frozen mode: topics spread as it serves; states that must earn a place."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy.sparse as sparse
-from sklearn.linear_model import LogisticRegression
 
-from downstream import frozen
+from downstream import frozen, regression
 from downstream.frozen import FrozenConfig
 from downstream.tasks.examples import Example
 
@@ -25,23 +23,6 @@ def notes(count: int, mention: bool = False) -> list[Example]:
         span = (len(before) + 1, len(before) + 7)
         made.append(Example(str(n), f"p{n}", f"{before} zoster {after}", n % 3, (span,) if mention else ()))
     return made
-
-
-def test_few_notes_with_many_features_give_the_same_regression() -> None:
-    random = np.random.default_rng(0)
-    features = sparse.random(60, 500, 0.1, "csr", random_state=1)
-    labels = random.integers(0, 3, 60)
-    found = frozen.regress(features, labels, 10.0)
-    plain = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000, tol=1e-6).fit(features, labels)
-    asked = sparse.random(40, 500, 0.1, "csr", random_state=2)
-    said = frozen.Frozen(FrozenConfig(), found).of_features(asked)
-    np.testing.assert_allclose(said, plain.predict_proba(asked), atol=0.03)
-    several = np.stack([labels == 0, labels == 1], 1).astype(int)
-    found = frozen.regress(features, several, 10.0)
-    said = frozen.Frozen(FrozenConfig(), found).of_features(asked)
-    for k in range(2):
-        one = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000, tol=1e-6)
-        np.testing.assert_allclose(said[:, k], one.fit(features, several[:, k]).predict_proba(asked)[:, 1], atol=0.03)
 
 
 def test_topics_are_spread_as_asked() -> None:
@@ -78,7 +59,7 @@ def test_the_strength_is_chosen_with_the_spread_where_all_notes_are_looked_at(mo
     labels = np.array([one.label for one in notes(60)])
     assert len(frozen._spread(settings, notes(60), labels, [], 1)[1]) == 1
     monkeypatch.setattr(frozen, "ENOUGH", 50)
-    assert frozen._spread(settings, notes(60), labels, [], 1)[1] == frozen.STRENGTHS
+    assert frozen._spread(settings, notes(60), labels, [], 1)[1] == regression.STRENGTHS
 
 
 def test_topics_beside_a_mention_keep_their_spread() -> None:

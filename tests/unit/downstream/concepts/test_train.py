@@ -134,6 +134,10 @@ def test_a_label_tells_how_something_is_denied(folder: Path) -> None:
     examples = Examples.of(notes)
     learned = Attributes.fit(examples).learned["negation"]
     assert not learned.told  # all drugs are denied
+    said_of_one = notes[1].spans[0].attributes
+    said_of_one["negation"] = "affirmed"
+    assert not Attributes.fit(Examples.of(notes)).learned["negation"].told  # but one, wrongly
+    said_of_one["negation"] = "negated"
     for i, note in enumerate(notes):
         if i % 4 > 1:
             note.text = note.text.replace("mike", "lima")
