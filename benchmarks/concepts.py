@@ -56,7 +56,7 @@ FINDINGS = {"Sign_symptom", "Disease_disorder"}
 EVENTS = FINDINGS | {"Diagnostic_procedure", "Medication", "Therapeutic_procedure", "Clinical_event"}
 NOTE_DATE = date(2015, 8, 2)  # the case reports have none
 FEW, DRAWS = 200, 5
-MOST = 200  # passages of a section from other notes
+MOST = 600  # passages of a section from other notes
 # The sizes of the language models, and seven passes: on a processor that multiplies bf16 an hour, both at a time.
 SIZES = ("model.width=192", "model.heads=6", "model.inner=768", "model.drop=0.15", "epochs=7", "engine.precision=bf16")
 
