@@ -66,6 +66,7 @@ class Options(config.Section):
     wikipedia: str | None = None
     archive: str | None = None
     patients: int = 6000
+    large: int = 160_000  # patients of the hospital on which two workers stand beside one: 3 GB of CSV
     vocab: int = 32_000
     rounds: int = 3
     slow_rounds: int = 3  # of these, rounds that all rivals run in; in the others only `encode` does
@@ -221,7 +222,7 @@ def _comparison(options: Options, work: Path) -> dict[str, Any]:
             result |= {f"{key}" if name == "archive" else f"{name}_{key}": value for key, value in ratio.items()}
     donor = work / "donor-unigram"
     result["index_gb_per_s"] = _index(hospital, options.rounds)
-    large = _hospital(work / "large-hospital", 4 * options.patients)
+    large = _hospital(work / "large-hospital", options.large)
     result |= _two_workers(large, work, donor, options.rounds)
     return result | (_reads(options, work) if options.slow_rounds else {})
 
