@@ -29,6 +29,9 @@ STATE, LOG = "node.json", "ray.log"
 LOOPBACK = "127.0.0.1"
 UP_WITHIN_SECONDS = 120
 DOWN_WITHIN_SECONDS = 20
+ANSWERS_WITHIN_SECONDS = 5
+# `ray start` gives its own processes 30 s, which are few for a busy machine, and ends with these words.
+TOO_SLOW = b"timed out during startup"
 
 
 class UpConfig(Section):
@@ -64,6 +67,8 @@ def up(args: list[str]) -> None:
         )
     elif not token_file().exists():
         raise ConfigError(f"{token_file()}: no token; copy the file of that name from the cluster's head (mode 0600)")
+    else:
+        _reach(str(asked.join))
     token = make_token()
     use_token()
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
@@ -82,12 +87,8 @@ def up(args: list[str]) -> None:
         command += [f"--num-cpus={asked.workers}"]
     log = storage.local_path(storage.join(asked.folder, LOG))
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as out:
-        node = subprocess.Popen(
-            command, env=_environment(joining or asked.host != LOOPBACK), stdout=out, stderr=out, start_new_session=True
-        )
-    storage.write_json(state, {"pid": node.pid, "started": psutil.Process(node.pid).create_time()})
-    _await(node, log, f"http://{asked.host}:{asked.dashboard_port}", joining)
+    environment = _environment(joining or asked.host != LOOPBACK)
+    _start(command, environment, state, log, None if joining else f"http://{asked.host}:{asked.dashboard_port}")
     if joining:
         logs.say(f"this machine has joined {asked.join}; ./launch.sh down takes it out again")
         return
@@ -125,20 +126,42 @@ def _free(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _await(node: subprocess.Popen[bytes], log: Path, address: str, joining: bool) -> None:
-    """Returns when the node takes work. Raises ClusterError, the node ended, where it does not come up."""
+def _reach(address: str) -> None:
+    """Raises ConfigError where no head listens: Ray would ask for minutes, and not say what is wrong."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWERS_WITHIN_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as exc:
+        raise ConfigError(
+            f"join={address}: {getattr(exc, 'strerror', None) or exc}; give HOST:PORT as ./launch.sh up said on the "
+            "cluster's head, and see that it is still up"
+        ) from None
+
+
+def _start(command: list[str], environment: dict[str, str], state: str, log: Path, api: str | None) -> None:
+    """Returns when the node takes work: a head when its Jobs API answers as well.
+
+    A node whose processes were too slow for Ray is started again while there is time. Raises ClusterError, the node
+    ended, where it does not come up.
+    """
     from cluster import jobs  # it imports Ray
 
     deadline = time.monotonic() + UP_WITHIN_SECONDS
     with logs.progress("up", UP_WITHIN_SECONDS) as advance:
-        while node.poll() is None and time.monotonic() < deadline:
-            up = b"Ray runtime started" in log.read_bytes() if joining else jobs.answers(address)
-            if up:
-                return
-            time.sleep(0.5)
-            advance(UP_WITHIN_SECONDS - (deadline - time.monotonic()), "")
+        while True:
+            with log.open("wb") as out:
+                node = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+            storage.write_json(state, {"pid": node.pid, "started": psutil.Process(node.pid).create_time()})
+            while node.poll() is None and time.monotonic() < deadline:
+                # The API answers before the node stands, and again when it has gone.
+                if b"Ray runtime started" in log.read_bytes() and (api is None or jobs.answers(api)):
+                    return
+                time.sleep(0.5)
+                advance(UP_WITHIN_SECONDS - (deadline - time.monotonic()), "")
+            _end(node.pid)
+            if TOO_SLOW not in log.read_bytes() or time.monotonic() >= deadline:
+                break
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    _end(node.pid)
     raise ClusterError(f"Ray did not come up ({lines[-1] if lines else 'no output'}); all it said is in {log}")
 
 

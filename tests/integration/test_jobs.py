@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from clusters import Cluster, cluster
+from clusters import Cluster, cluster, own_address
 
 from cluster import package, tracking
 from cluster.errors import ConfigError
@@ -171,11 +171,12 @@ def test_a_failing_job_says_why_and_a_running_one_can_be_stopped(ray: Cluster, t
         (["down", "folder=nothing"], "no cluster of ./launch.sh up runs here", 2),
         (["up", "join=10.0.0.1:1", "folder=nothing", "HOME"], "no token; copy the file", 2),
         (["up", "join=127.0.0.1:1", "folder=nothing"], "a cluster on loopback is closed", 2),
+        (["up", "join=OWN:1", "folder=nothing"], ":1: Connection refused; give HOST:PORT as ./launch.sh up said", 2),
     ],
 )
 def test_mistakes_are_one_line(ray: Cluster, tmp_path: Path, words: list[str], says: str, code: int) -> None:
     more = {"HOME": str(tmp_path)} if "HOME" in words else {}
-    done = ray.launch(*(word for word in words if word != "HOME"), **more)
+    done = ray.launch(*(word.replace("OWN", own_address()) for word in words if word != "HOME"), **more)
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
