@@ -30,8 +30,6 @@ LOOPBACK = "127.0.0.1"
 UP_WITHIN_SECONDS = 120
 DOWN_WITHIN_SECONDS = 20
 ANSWERS_WITHIN_SECONDS = 5
-# `ray start` gives its own processes 30 s, which are few for a busy machine, and ends with these words.
-TOO_SLOW = b"timed out during startup"
 
 
 class UpConfig(Section):
@@ -144,7 +142,7 @@ def _start(command: list[str], environment: dict[str, str], state: str, log: Pat
     A node whose processes were too slow for Ray is started again while there is time. Raises ClusterError, the node
     ended, where it does not come up.
     """
-    from cluster import jobs  # it imports Ray
+    from cluster import jobs, ray_runtime  # they import Ray
 
     deadline = time.monotonic() + UP_WITHIN_SECONDS
     with logs.progress("up", UP_WITHIN_SECONDS) as advance:
@@ -159,7 +157,7 @@ def _start(command: list[str], environment: dict[str, str], state: str, log: Pat
                 time.sleep(0.5)
                 advance(UP_WITHIN_SECONDS - (deadline - time.monotonic()), "")
             _end(node.pid)
-            if TOO_SLOW not in log.read_bytes() or time.monotonic() >= deadline:
+            if ray_runtime.TOO_SLOW not in log.read_text(errors="replace") or time.monotonic() >= deadline:
                 break
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     raise ClusterError(f"Ray did not come up ({lines[-1] if lines else 'no output'}); all it said is in {log}")

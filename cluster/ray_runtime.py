@@ -34,6 +34,8 @@ from cluster.placement import ClusterConfig
 from cluster.token import unseal
 
 ResultT = TypeVar("ResultT")
+# What Ray says when its own processes took longer than 30 s.
+TOO_SLOW = "timed out during startup"
 
 
 def start(workers: int = 0) -> None:
@@ -51,7 +53,16 @@ def start(workers: int = 0) -> None:
         # address refuses at once.
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
         cpus = max(os.cpu_count() or 1, workers)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        try:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+            )
+        except Exception as exc:  # Ray has no other name for it
+            if TOO_SLOW not in str(exc):
+                raise
+            raise ClusterError(
+                "Ray did not start within the 30 s it gives itself: this machine is busy; the same command goes on"
+            ) from None
 
 
 def _check_nodes() -> None:

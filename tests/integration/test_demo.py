@@ -91,6 +91,8 @@ def test_story_and_files(desk: Path) -> None:
     assert list((run / "samples").iterdir())
 
 
+@pytest.mark.slow  # in every run: each verb's own test
+@pytest.mark.parametrize("size", ["full"], indirect=True, scope="module")
 def test_run_again_finds_nothing_to_do(desk: Path) -> None:
     before = json.loads((desk / "runs/demo/summary.json").read_text())
     metrics = (desk / "runs/demo/metrics.jsonl").read_bytes()

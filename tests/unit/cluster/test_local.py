@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import local, storage
+from cluster import local, ray_runtime, storage
 from cluster.errors import ClusterError
 
 # Too slow for Ray as often as the first word says, then up, or what the second word says.
@@ -49,3 +49,13 @@ def test_a_node_that_never_stands_is_ended(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ClusterError, match="Ray did not come up"):
         start(tmp_path, monkeypatch, "0", "Local node IP: 127.0.0.1", "60")
     assert local._process(storage.read_json(str(tmp_path / local.STATE))) is None
+
+
+def test_a_ray_too_slow_for_itself_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_runtime.ray, "init", init)
+    with pytest.raises(ClusterError, match="Ray did not start within the 30 s it gives itself"):
+        ray_runtime.start()
