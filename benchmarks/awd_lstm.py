@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,9 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every verb does
+from cluster.cli import settle_threads  # noqa: E402
+
+settle_threads()  # as every verb does
 
 import torch  # noqa: E402
 

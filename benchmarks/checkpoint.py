@@ -23,7 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every verb does
+from cluster.cli import settle_threads  # noqa: E402
+
+settle_threads()  # as every verb does
 
 import torch  # noqa: E402
 

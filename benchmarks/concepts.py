@@ -41,7 +41,7 @@ from downstream.concepts import dates, labs, schema, sections  # noqa: E402
 from downstream.concepts.annotate import Annotator  # noqa: E402
 from downstream.concepts.attributes import Attribute, Attributes  # noqa: E402
 from downstream.concepts.cues import DEFAULTS  # noqa: E402
-from downstream.concepts.evaluate import out_of_fold, scored  # noqa: E402
+from downstream.concepts.evaluate import folded, out_of_fold, scored  # noqa: E402
 from downstream.concepts.features import Examples  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
 from downstream.concepts.reader import Reader  # noqa: E402
@@ -109,7 +109,7 @@ def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few
         span.model_copy(update={"attributes": {axis: value if true else DEFAULTS[axis]}})
         for span, true in zip(chosen.spans, truth, strict=True)
     ]
-    said = out_of_fold(chosen._replace(spans=told), axis, chosen.documents, 5, seed, few)
+    said = out_of_fold(folded(chosen._replace(spans=told), chosen.documents, 5, seed), axis, seed, few)
     for name in corpus.rivals[0]:
         said[name] = np.array([corpus.rivals[i][name].get(axis, DEFAULTS[axis]) for i in rows])
     return Said(truth, {name: one == value for name, one in said.items()}, chosen.documents.tolist(), rows)
@@ -162,7 +162,7 @@ def transfer(negex: Corpus, maccrobat: Corpus) -> None:
         known, asked = learned.examples.having("negation"), tested.examples.having("negation")
         attribute = Attribute.fit(known, "negation")
         truth = np.array([span.attributes["negation"] == "negated" for span in asked.spans])
-        said = np.array(attribute.classes)[attribute(asked)[1]] == "negated"
+        said = np.array(attribute.classes)[attribute(asked, "negation")[1]] == "negated"
         rules = np.array([mention.rules["negation"] == "negated" for mention in asked.mentions])
         print(f"  {name}: F1 {f1(truth, said):.1f}, rules {f1(truth, rules):.1f}")
 

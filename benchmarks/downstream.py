@@ -25,7 +25,9 @@ BESIDE = sys.path[0]
 HERE = Path(__file__).resolve().parents[1]
 sys.path[0] = str(HERE)
 sys.path.append(BESIDE)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every verb does
+from cluster.cli import settle_threads  # noqa: E402
+
+settle_threads()  # as every verb does
 
 import open_text  # noqa: E402  (benchmarks/open_text.py)
 from given import given as given_words  # noqa: E402  (benchmarks/given.py)

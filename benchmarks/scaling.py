@@ -33,7 +33,8 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every verb does
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every verb does, before torch comes
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch

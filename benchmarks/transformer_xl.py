@@ -17,7 +17,6 @@ table has the share of the peak FLOP/s.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -30,7 +29,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every verb does
+from cluster.cli import settle_threads  # noqa: E402
+
+settle_threads()  # as every verb does
 
 import torch  # noqa: E402
 

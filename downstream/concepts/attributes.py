@@ -7,6 +7,7 @@ labels the rules carry it; with many the words correct them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,17 +23,19 @@ from downstream.metrics import Floats, Ints
 C = 1.0  # inverse regularization
 PARTS = 4  # of documents, for the offsets and the scale
 SCALES = (0.0, 1.0, 3.0)  # of the states
+SHARES = (0.0, 0.5, 1.0)  # of what tuned models say, beside the regression
 TIE = 0.005  # macro-F1
 OFFSETS = np.linspace(-2, 4, 25)
+LEAST = -20.0  # log-probability
 FEW = 5  # mentions of a label; of one with fewer nothing is concluded
 SAYS = 0.95  # of a label's mentions have another value than most: it says the value itself; some are annotated wrongly
-ARRAYS = ("rows", "weights", "states", "bias", "offsets")
+ARRAYS = ("rows", "weights", "states", "bias", "offsets", "share")
 
 
 class Regression(NamedTuple):
     """A weight per bucket and class (two classes: of the second), another per number of the states. `offsets_K` are
     added to log-probabilities before one is chosen: rare values, as "uncertain", are never likelier than not. With
-    `kinds` the label of a mention is told too.
+    `kinds` the label of a mention is told too. What tuned models say has a `share` in the log-probabilities.
     """
 
     kinds: bool
@@ -40,13 +43,15 @@ class Regression(NamedTuple):
     states_PK: Floats
     bias_K: Floats
     offsets_K: Floats
+    share: float = 0.0
 
     @classmethod
-    def fit(cls, examples: Examples, truth: np.ndarray, kinds: bool) -> Regression:
-        """How much the states count, and the offsets, are those of the best macro-F1 on the documents that were left
-        out in turn.
+    def fit(cls, examples: Examples, truth: np.ndarray, kinds: bool, name: str) -> Regression:
+        """How much the states and tuned models count, and the offsets, are those of the best macro-F1 on the documents
+        that were left out in turn.
         """
         classes = np.unique(truth)
+        tuned_NK = _columns(examples, name, classes)
         tried = []
         for scale in SCALES if examples.states_NP.shape[1] else (0.0,):
             log_NK, seen = np.zeros((len(truth), len(classes))), np.zeros(len(truth), bool)
@@ -56,12 +61,14 @@ class Regression(NamedTuple):
                         one = cls._scaled(examples.rows(rows), truth[rows], kinds, scale)
                         log_NK[held] = one.logs(examples.rows(held))
                         seen[held] = True
-            offsets_K, score = _offsets(log_NK[seen], np.searchsorted(classes, truth[seen]))
-            tried.append((score, scale, offsets_K))
+            for share in (0.0,) if tuned_NK is None else SHARES:
+                mixed_NK = _mixed(log_NK, tuned_NK, share)[seen]
+                offsets_K, score = _offsets(mixed_NK, np.searchsorted(classes, truth[seen]))
+                tried.append((share, scale, score, offsets_K))
         # Of nearly equal ones the least: with few mentions of a value the differences are chance.
-        enough = max(score for score, _, _ in tried) - TIE
-        _, scale, offsets_K = next(one for one in tried if one[0] >= enough)
-        return cls._scaled(examples, truth, kinds, scale)._replace(offsets_K=offsets_K)
+        enough = max(score for _, _, score, _ in tried) - TIE
+        share, scale, _, offsets_K = next(one for one in sorted(tried, key=lambda one: one[:2]) if one[2] >= enough)
+        return cls._scaled(examples, truth, kinds, scale)._replace(offsets_K=offsets_K, share=share)
 
     @classmethod
     def _scaled(cls, examples: Examples, truth: np.ndarray, kinds: bool, scale: float) -> Regression:
@@ -79,13 +86,32 @@ class Regression(NamedTuple):
         return cls(kinds, weights_BK, states_PK, bias_K, np.zeros(len(one.classes_)))
 
     def logs(self, examples: Examples) -> Floats:
-        """Log-probabilities [N, classes], none below -20."""
+        """Log-probabilities [N, classes] without tuned models, none below -20."""
         words = examples.words + examples.kinds if self.kinds else examples.words
         scores = np.asarray(words @ self.weights_BK) + examples.states_NP @ self.states_PK + self.bias_K
         if scores.shape[1] == 1:
             scores = np.concatenate([np.zeros_like(scores), scores], 1)
-        logs: Floats = np.maximum(scores - logsumexp(scores, 1, keepdims=True), -20)
+        logs: Floats = np.maximum(scores - logsumexp(scores, 1, keepdims=True), LEAST)
         return logs
+
+
+def _columns(examples: Examples, name: str, classes: Iterable[str]) -> Floats | None:
+    """What tuned models say of an attribute [N, classes], None where there are none."""
+    if name not in examples.tuned:
+        return None
+    nothing = np.full(len(examples.spans), LEAST)
+    logs_NK = np.stack([examples.tuned[name].get(one, nothing) for one in classes], 1)
+    logs: Floats = np.maximum(logs_NK, LEAST)
+    return logs
+
+
+def _mixed(logs_NK: Floats, tuned_NK: Floats | None, share: float) -> Floats:
+    """The two in these shares, log-probabilities again."""
+    if tuned_NK is None or not share:
+        return logs_NK
+    both_NK = (1 - share) * logs_NK + share * tuned_NK
+    mixed: Floats = both_NK - logsumexp(both_NK, 1, keepdims=True)
+    return mixed
 
 
 class Attribute(NamedTuple):
@@ -100,17 +126,18 @@ class Attribute(NamedTuple):
     def fit(cls, examples: Examples, name: str) -> Attribute:
         """Learned from the examples that have the attribute, of at least two values."""
         truth = np.array([span.attributes[name] for span in examples.spans])
-        found = cls(tuple(map(str, np.unique(truth))), Regression.fit(examples, truth, kinds=False))
+        found = cls(tuple(map(str, np.unique(truth))), Regression.fit(examples, truth, False, name))
         labels = _labels_that_help(examples, truth)
-        return found._replace(told=Regression.fit(examples, truth, kinds=True), labels=labels) if labels else found
+        return found._replace(told=Regression.fit(examples, truth, True, name), labels=labels) if labels else found
 
-    def __call__(self, examples: Examples) -> tuple[Floats, Ints]:
+    def __call__(self, examples: Examples, name: str) -> tuple[Floats, Ints]:
         """Log-probabilities [N, classes], and of each mention the place in `classes` of the chosen value."""
-        logs_NK = self.general.logs(examples)
+        tuned_NK = _columns(examples, name, self.classes)
+        logs_NK = _mixed(self.general.logs(examples), tuned_NK, self.general.share)
         offsets_NK = np.tile(self.general.offsets_K, (len(logs_NK), 1))
         if self.told:
             known = np.array([span.label in self.labels for span in examples.spans])
-            logs_NK[known] = self.told.logs(examples)[known]
+            logs_NK[known] = _mixed(self.told.logs(examples), tuned_NK, self.told.share)[known]
             offsets_NK[known] = self.told.offsets_K
         return logs_NK, (logs_NK + offsets_NK).argmax(1)
 
@@ -169,7 +196,7 @@ class Attributes:
         """For every mention its values and their probabilities; what was not learned is what the rules say."""
         said = [(dict(mention.rules), dict[str, float]()) for mention in examples.mentions]
         for name, attribute in self.learned.items():
-            logs_NK, best_N = attribute(examples)
+            logs_NK, best_N = attribute(examples, name)
             for (values, scores), logs_K, best in zip(said, logs_NK, best_N, strict=True):
                 values[name], scores[name] = attribute.classes[best], round(float(np.exp(logs_K[best])), 4)
         return said
@@ -182,7 +209,7 @@ class Attributes:
             for part, one in (("general", attribute.general), ("told", attribute.told)):
                 if one:
                     rows = np.flatnonzero(np.abs(one.weights_BK).max(1) > 1e-9)
-                    arrays = [rows, one.weights_BK[rows].astype(np.float32), one.states_PK, one.bias_K, one.offsets_K]
+                    arrays = [rows, one.weights_BK[rows].astype(np.float32), *one[2:]]
                     found |= {f"{name}.{part}.{key}": array for key, array in zip(ARRAYS, arrays, strict=True)}
         return found
 
@@ -192,10 +219,10 @@ class Attributes:
 
         def regression(name: str, kinds: bool) -> Regression:
             part = "told" if kinds else "general"
-            rows, kept, states_PK, bias_K, offsets_K = (arrays[f"{name}.{part}.{key}"] for key in ARRAYS)
+            rows, kept, states_PK, bias_K, offsets_K, share = (arrays[f"{name}.{part}.{key}"] for key in ARRAYS)
             weights_BK = np.zeros((BUCKETS, kept.shape[1]))
             weights_BK[rows] = kept
-            return Regression(kinds, weights_BK, states_PK, bias_K, offsets_K)
+            return Regression(kinds, weights_BK, states_PK, bias_K, offsets_K, float(share))
 
         found = {}
         for name, (classes, labels) in json.loads(bytes(arrays["attributes"])).items():

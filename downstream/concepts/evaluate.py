@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -21,58 +21,91 @@ from downstream.concepts.attributes import Attribute
 from downstream.concepts.cues import DEFAULTS
 from downstream.concepts.features import Examples
 from downstream.concepts.score import f1_gain, prf
+from downstream.concepts.tuned import Tuner
+from downstream.metrics import Ints
 
 SYSTEMS = {"reader": "reader", "plain": "no language model", "rules": "rules", "words": "TF-IDF beside it"}
 
 Said = dict[str, np.ndarray]
 
 
-def tested(examples: Examples, groups: Mapping[str, str], folds: int, seed: int) -> dict[str, dict[str, Any]]:
+class Fold(NamedTuple):
+    """Mentions to learn from, those that are asked, and which of all the latter are."""
+
+    known: Examples
+    asked: Examples
+    held: Ints
+
+
+def folded(examples: Examples, groups: np.ndarray, folds: int, seed: int, tuner: Tuner | None = None) -> list[Fold]:
+    """Every mention asked once, in a fold without its group; values as evenly as groups allow. With a tuner (the
+    mentions are all of its notes) models are tuned for every fold.
+    """
+    values = np.array(["|".join(f"{k}={v}" for k, v in sorted(span.attributes.items())) for span in examples.spans])
+    cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # values with fewer mentions than folds
+        cuts = [(np.sort(rows), np.sort(held)) for rows, held in cutter.split(values, values, groups)]
+    found = []
+    for rows, held in cuts:
+        known, asked = examples.rows(rows), examples.rows(held)
+        if tuner:
+            asked = tuner.read(tuner.fit(known.documents), asked)
+            known = tuner.crossed(known)
+        found.append(Fold(known, asked, held))
+    return found
+
+
+def tested(
+    examples: Examples, groups: Mapping[str, str], folds: int, seed: int, tuner: Tuner | None
+) -> dict[str, dict[str, Any]]:
     """By "attribute:value" and system precision, recall and F1; for the others the reader's F1 beyond theirs."""
-    found: dict[str, dict[str, Any]] = {}
+    names = []
     for name in sorted({name for span in examples.spans for name in span.attributes}):
         having = examples.having(name)
-        truth = np.array([span.attributes[name] for span in having.spans])
-        if len(set(truth)) < 2:
-            logs.say(f"{name}: all {len(truth):,} mentions are {truth[0]}; left to the rules")
-            continue
-        group_of = np.array([groups[document] for document in having.documents])
-        if len(set(group_of)) < folds:
-            raise DataError(f"{name}: only {len(set(group_of))} documents have it, too few for folds={folds}")
-        documents = having.documents.tolist()
-        said = out_of_fold(having, name, group_of, folds, seed)
+        if len(values := {span.attributes[name] for span in having.spans}) < 2:
+            logs.say(f"{name}: all {len(having.spans):,} mentions are {values.pop()}; left to the rules")
+        elif (count := len({groups[document] for document in having.documents})) < folds:
+            raise DataError(f"{name}: only {count} documents have it, too few for folds={folds}")
+        else:
+            names.append(name)
+    cut = folded(examples, np.array([groups[document] for document in examples.documents]), folds, seed, tuner)
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        rows = [i for i, span in enumerate(examples.spans) if name in span.attributes]
+        truth = np.array([examples.spans[i].attributes[name] for i in rows])
+        said = {system: one[rows] for system, one in out_of_fold(cut, name).items()}
+        documents = examples.documents[rows].tolist()
         for value in sorted(set(truth) - {DEFAULTS.get(name, "")}):
             found[f"{name}:{value}"] = scored(truth == value, {k: one == value for k, one in said.items()}, documents)
     _show(found)
     return found
 
 
-def out_of_fold(examples: Examples, name: str, groups: np.ndarray, folds: int, seed: int, few: int = 0) -> Said:
-    """What every system says of an attribute, each mention by what has not seen its group; with `few` only so many
-    mentions of the other folds are learned from.
+def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> Said:
+    """What every system says of an attribute, each mention that has it by what has not seen its group ("" for the
+    others); with `few` only so many mentions of the other folds are learned from.
     """
-    truth = np.array([span.attributes[name] for span in examples.spans])
-    said = {
-        system: truth.copy() for system in ("reader", *(("plain",) if examples.states_NP.shape[1] else ()), "words")
-    }
-    said["rules"] = np.array([mention.rules.get(name, "") for mention in examples.mentions])
-    cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a value with fewer mentions than folds
-        cuts = list(cutter.split(truth, truth, groups))
-    for rows_, held in cuts:
-        learned = np.sort(np.random.default_rng(seed).permutation(rows_)[:few]) if few else rows_
-        if len(set(truth[learned])) < 2:
-            for one in said.values():
-                one[held] = truth[learned[0]]
+    total = sum(len(fold.held) for fold in cut)
+    said = {system: np.full(total, "", object) for system in SYSTEMS}
+    for fold in cut:
+        known, asked = fold.known.having(name), fold.asked.having(name)
+        held = fold.held[[name in span.attributes for span in fold.asked.spans]]
+        if few:
+            known = known.rows(np.sort(np.random.default_rng(seed).permutation(len(known.spans))[:few]))
+        truth = np.array([span.attributes[name] for span in known.spans])
+        said["rules"][held] = [mention.rules.get(name, "") for mention in asked.mentions]
+        if len(set(truth)) < 2:
+            for system in ("reader", "plain", "words"):
+                said[system][held] = truth[0] if len(truth) else ""
             continue
-        known, asked = examples.rows(learned), examples.rows(held)
         for system, k, a in (("reader", known, asked), ("plain", known.without_states(), asked.without_states())):
-            if system in said:
-                attribute = Attribute.fit(k, name)
-                said[system][held] = np.array(attribute.classes)[attribute(a)[1]]
-        said["words"][held] = _tfidf(known.beside, truth[learned], asked.beside)
-    return {system: said[system] for system in SYSTEMS if system in said}
+            attribute = Attribute.fit(k, name)
+            said[system][held] = np.array(attribute.classes)[attribute(a, name)[1]]
+        said["words"][held] = _tfidf(known.beside, truth, asked.beside)
+    if not cut[0].known.states_NP.shape[1]:
+        del said["plain"]
+    return said
 
 
 def _tfidf(learned: Sequence[str], truth: np.ndarray, asked: Sequence[str]) -> np.ndarray:

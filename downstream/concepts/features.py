@@ -10,7 +10,8 @@ states   those of a language model beside the mention, if there is one (states.p
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +125,8 @@ class Examples(NamedTuple):
     kinds: sparse.csr_matrix  # the same features, each of its label
     states_NP: Floats  # P = 0 without a language model
     beside: Sequence[str] = ()  # the words on either side and of the mention, marked: what a plain linear model is told
+    # By attribute and value the log-probabilities [N] of models tuned on other documents (tuned.py), if there are any.
+    tuned: Mapping[str, Mapping[str, Floats]] = MappingProxyType({})
 
     @classmethod
     def of(cls, notes: Iterable[Note], states: States | None = None, advance: Advance | None = None) -> Examples:
@@ -163,11 +166,12 @@ class Examples(NamedTuple):
         mentions, spans = [self.mentions[i] for i in places], [self.spans[i] for i in places]
         documents, states_NP = self.documents[places], self.states_NP[places]
         beside = [self.beside[i] for i in places]
-        return Examples(mentions, spans, documents, self.words[places], self.kinds[places], states_NP, beside)
+        tuned = {name: {value: one[places] for value, one in of.items()} for name, of in self.tuned.items()}
+        return Examples(mentions, spans, documents, self.words[places], self.kinds[places], states_NP, beside, tuned)
 
     def without_states(self) -> Examples:
         """The same without a language model."""
-        return self._replace(states_NP=self.states_NP[:, :0])
+        return self._replace(states_NP=self.states_NP[:, :0], tuned={})
 
     def having(self, name: str) -> Examples:
         """Those that have an attribute."""

@@ -1,6 +1,7 @@
 """What was learned of how notes are read, as one file: attributes, a section tagger, and whose states they stand on.
 
-The language models themselves stay in their runs; the file names them, and the checkpoints it was learned with.
+The language models themselves stay in their runs; the file names them, and the checkpoints it was learned with. Where
+they were tuned, their other weights are in the file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from downstream.concepts.features import Examples, Mention
 from downstream.concepts.schema import Note, Span
 from downstream.concepts.states import States
 from downstream.concepts.tagger import SectionTagger
+from downstream.concepts.tuned import Tuned
 from downstream.frozen import npz
 from pretrain.run import load_trained
 
@@ -33,6 +35,7 @@ class Reader(NamedTuple):
     attributes: Attributes
     states: States | None = None
     tagger: SectionTagger | None = None
+    tuned: Tuned | None = None
 
     def __call__(
         self, note: Note, spans: Sequence[Span], mentions: list[Mention]
@@ -40,17 +43,18 @@ class Reader(NamedTuple):
         """For every mention its values by attribute, and their probabilities where they were learned."""
         if not mentions or not self.attributes.learned:
             return [(dict(mention.rules), {}) for mention in mentions]
-        states_NP = np.zeros((len(spans), 0))
-        if self.states:
-            states_NP = self.states(note.text, [(span.start, span.end) for span in spans])
-        documents = np.repeat(note.doc_id, len(spans))
-        return self.attributes(Examples.seen(mentions, spans, documents, states_NP))
+        places = [(span.start, span.end) for span in spans]
+        states_NP = self.states(note.text, places) if self.states else np.zeros((len(spans), 0))
+        examples = Examples.seen(mentions, spans, np.repeat(note.doc_id, len(spans)), states_NP)
+        return self.attributes(examples._replace(tuned=self.tuned(note.text, places)) if self.tuned else examples)
 
     def save(self, url: str) -> None:
         """Writes it, without any word of a note but those that the tagger weighs."""
         arrays: dict[str, Any] = self.attributes.arrays()
         runs = [(one.run, one.checkpoint_sha256) for one in self.states.models] if self.states else []
         arrays["runs"] = np.frombuffer(json.dumps(runs).encode(), np.uint8)
+        if self.tuned:
+            arrays |= self.tuned.arrays()
         if self.tagger:
             arrays["tagger"] = np.frombuffer(self.tagger.save(), np.uint8)
         storage.write_bytes(url, npz(arrays))
@@ -75,10 +79,12 @@ class Reader(NamedTuple):
                 raise DataError(
                     f"{place}: was learned with another checkpoint of {run}; finetune again, or bring it back"
                 )
-        states, tagger = States(models) if models else None, None
-        if "tagger" in arrays:
-            try:
+        states, tagger, tuned = States(models) if models else None, None, None
+        try:
+            if "tagger" in arrays:
                 tagger = SectionTagger.load(bytes(arrays["tagger"]), states.of_passages if states else None)
-            except ValueError:
-                raise damaged from None
-        return cls(attributes, states, tagger)
+            if states and any(name.startswith("tuned.") for name in arrays):
+                tuned = Tuned.load(arrays, states.models)
+        except (ValueError, KeyError, RuntimeError):
+            raise damaged from None
+        return cls(attributes, states, tagger, tuned)

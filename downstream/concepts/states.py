@@ -52,10 +52,7 @@ class States:
 
 
 def _read(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> Floats:
-    tokens, places = _tokens_at(trained, text, spans)
-    if trained.backward:
-        tokens, places = tokens[::-1].copy(), [(len(tokens) - b, len(tokens) - a) for a, b in places]
-    return _states(trained, tokens, places)
+    return _states(trained, *tokens_at(trained, text, spans))
 
 
 @torch.no_grad()
@@ -89,8 +86,10 @@ def _pooled(trained: Trained, texts: Sequence[str], advance: Advance | None) -> 
     return pooled_N2E
 
 
-def _tokens_at(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, Places]:
-    """A note as the model's own were cleaned, in tokens, and where in them the spans are (at least one token each)."""
+def tokens_at(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, Places]:
+    """A note as the model's own were cleaned, in tokens as the model reads them, and where in them the spans are (at
+    least one token each).
+    """
     cleaned, places = cleaned_around(text, spans, trained.clean)
     words = words_of(cleaned)
     starts, ends = [start for start, _ in words], [end for _, end in words]
@@ -100,19 +99,23 @@ def _tokens_at(trained: Trained, text: str, spans: Sequence[tuple[int, int]]) ->
         first = min(bisect.bisect_right(ends, start), len(words) - 1)
         last = max(bisect.bisect_left(starts, end), first + 1)
         found.append((int(first_T[first]), max(int(first_T[last]), int(first_T[first]) + 1)))
+    if trained.backward:
+        tokens, found = tokens[::-1].copy(), [(len(tokens) - b, len(tokens) - a) for a, b in found]
     return tokens, found
+
+
+def windows_of(length: int, place: tuple[int, int]) -> Places:
+    """The stretches of a note of so many tokens, over each of which the states are averaged for a mention."""
+    start, end = place
+    windows = [(end - 1, end), (start, end), (max(0, start - 1), max(1, start))]
+    windows += [(max(0, start - width), max(1, start)) for width in WIDTHS]
+    return windows + [(min(end, length - 1), min(max(end + width, 1), length)) for width in WIDTHS]
 
 
 @torch.no_grad()
 def _states(trained: Trained, tokens: Tokens, places: Places) -> Floats:
     """[N, P]. Sums up to the edges of the windows are all that is kept of a note, however long it is."""
-    length = len(tokens)
-    windows_N = []
-    for start, end in places:
-        windows = [(end - 1, end), (start, end), (max(0, start - 1), max(1, start))]
-        windows += [(max(0, start - width), max(1, start)) for width in WIDTHS]
-        windows += [(min(end, length - 1), min(max(end + width, 1), length)) for width in WIDTHS]
-        windows_N.append(windows)
+    windows_N = [windows_of(len(tokens), place) for place in places]
     edges = sorted({edge for windows in windows_N for window in windows for edge in window})
     encoder: Encoder = trained.model  # type: ignore[assignment]
     device = next(trained.model.parameters()).device

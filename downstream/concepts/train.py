@@ -9,6 +9,7 @@ holds recipe.toml, run.json (what the folder belongs to), reader.npz, and result
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
@@ -30,6 +31,7 @@ from downstream.concepts.reader import FILE, Reader
 from downstream.concepts.schema import Note
 from downstream.concepts.states import States
 from downstream.concepts.tagger import SectionTagger
+from downstream.concepts.tuned import PARTS, TuneConfig, Tuner
 from downstream.leakage import alike
 from downstream.metrics import Floats
 from downstream.tasks.table import rows
@@ -62,6 +64,7 @@ class ConceptsRecipe(Section):
     )
     text: str = Field("text", description="column of the note there")
     out: Place | None = Field(None, description="where the reader goes; RUN/finetune/concepts if not given")
+    tune: TuneConfig = TuneConfig()
     folds: int = Field(5, ge=2, description="every patient is tested once, in so many folds")
     seed: int = Field(1, description="of the cut")
     others: bool = Field(False, description="patients with ids as in the model's corpus are other people")
@@ -73,6 +76,8 @@ def main(args: list[str]) -> None:
     recipe = config.load(ConceptsRecipe, args)
     if recipe.backward and not recipe.run:
         raise ConfigError("backward: needs run, the model that reads forwards")
+    if recipe.tune.epochs and not recipe.run:
+        raise ConfigError("tune.epochs: needs run, the model that is tuned")
     if not recipe.out and not recipe.run:
         raise ConfigError("out: is needed; say where the reader goes")
     models = open_models(recipe.run, recipe.backward) if recipe.run else []
@@ -87,8 +92,17 @@ def main(args: list[str]) -> None:
     with logs.progress("reading annotated notes", len(notes)) as advance:
         examples = Examples.of(notes, states, advance)
     _show_counts(examples)
-    results = tested(examples, _groups(notes), recipe.folds, recipe.seed)
-    Reader(Attributes.fit(examples), states, _tagger(recipe, notes, states)).save(storage.join(out, FILE))
+    groups, tuned = _groups(notes), None
+    if recipe.tune.epochs and states:
+        # One for every part of the documents and for all of them, in every fold and at the end.
+        passes, passed = recipe.tune.epochs * (PARTS + 1) * (recipe.folds + 1), itertools.count(1)
+        with logs.progress("tuning the models", passes) as advance:
+            tuner = Tuner(states.models, notes, recipe.tune, lambda: advance(next(passed), ""))
+            results = tested(examples, groups, recipe.folds, recipe.seed, tuner)
+            tuned, examples = tuner.fit(examples.documents), tuner.crossed(examples)
+    else:
+        results = tested(examples, groups, recipe.folds, recipe.seed, None)
+    Reader(Attributes.fit(examples), states, _tagger(recipe, notes, states), tuned).save(storage.join(out, FILE))
     facts = {"task": "concepts", "lineage": {("backward" if m.backward else "model"): lineage(m) for m in models}}
     counts = {"notes": len(notes), "mentions": len(examples.spans)}
     storage.write_json(storage.join(out, RESULTS), {**facts, **about, **counts, "values": results})

@@ -10,50 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from annotated import model, toy
 
 from cluster import config
 from cluster.errors import ConfigError, DataError, StorageError
 from downstream import finetune, work
 from downstream.concepts import annotate, reader, schema, train
 from downstream.concepts.attributes import Attributes
-from downstream.concepts.evaluate import out_of_fold
+from downstream.concepts.evaluate import folded, out_of_fold
 from downstream.concepts.features import Examples
-from downstream.concepts.schema import Note, Span
+from downstream.concepts.schema import Note
 from downstream.concepts.states import SEGMENT, WIDTHS, States
 from downstream.reading import words_of
-from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
-from pretrain.run import Trained, hashed
-from sharding.clean import CleanConfig
-from sharding.splits import SplitConfig
-from sharding.tokenizer import Tokenizer, TokenizerConfig
-from sharding.tokenizer import train as train_tokenizer
-
-
-def toy(count: int, filler: int = 0) -> list[Note]:
-    """Notes whose negation no rule knows: "zulu" before the mention, or `filler` words and a sentence before it."""
-    made = []
-    for i in range(count):
-        between = "".join(f"w{(i * 7 + n * 13) % 40} " for n in range(filler)) + ". Now " * bool(filler)
-        text = f"{'zulu' if i % 2 else 'today'} {between}fever {i}."
-        start = text.index("fever")
-        value = "negated" if i % 2 else "affirmed"
-        span = Span(id="T1", start=start, end=start + 5, text="fever", attributes={"negation": value})
-        made.append(Note(doc_id=f"n{i}", patient_id=f"p{i}", text=text, spans=[span]))
-    return made
-
-
-def model(backward: bool = False) -> Trained:
-    """A random language model."""
-    torch.manual_seed(0)
-    words = [*"zulu today fever now no of ( ) , . ICD".lower().split(), *(f"w{i}" for i in range(40))]
-    counts = dict.fromkeys([*words, *map(str, range(100))], 10)
-    known = Tokenizer(train_tokenizer(counts, TokenizerConfig(vocab_size=330, kind="bpe"), []))
-    settings = {"embedding": 16, "hidden": 24, "layers": 2}
-    return Trained(
-        run="run", step=7, model=AwdLstm(AwdLstmConfig(**settings), known.vocab_size).eval(), tokenizer=known,
-        clean=CleanConfig(case="lower"), splits=SplitConfig(), recipe={"data": {"backward": backward}},
-        corpus_fingerprint="c", checkpoint_sha256="w", patients={"train": frozenset({hashed("read")})},
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -118,9 +86,39 @@ def test_a_date_decides_where_a_reader_says_current(folder: Path) -> None:
 
 def test_a_language_model_tells_what_stands_far_away() -> None:
     examples = Examples.of(toy(80, filler=25), States([model()]))
-    said = out_of_fold(examples, "negation", examples.documents, 3, 0)
+    said = out_of_fold(folded(examples, examples.documents, 3, 0), "negation")
     truth = np.array([span.attributes["negation"] for span in examples.spans])
     assert (said["reader"] == truth).mean() > 0.9 > 0.7 > (said["plain"] == truth).mean()
+
+
+def test_the_verb_tunes_and_its_reader_is_read_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run=run", "backward=back", "tune.epochs=3", "tune.lr=0.01")
+    values = learned(folder, *words)["values"]["negation:negated"]  # type: ignore[index]
+    assert values["reader"]["f1"] == 1
+    assert "tuning the models: done" in capsys.readouterr().out
+    again = reader.Reader.load(f"{folder}/reader")
+    assert again.tuned
+    note = toy(2)[1]
+    told = again.tuned(note.text, [(note.spans[0].start, note.spans[0].end)])
+    assert told["negation"]["negated"] > told["negation"]["affirmed"]
+    weights = [one.state_dict() for trained in again.tuned.states.models for one in (trained.model,)]
+    others = [trained.model.state_dict() for trained in (model(), model(True))]
+    assert any((a[name] != b[name]).any() for a, b in zip(weights, others, strict=True) for name in a)
+    annotate.main([f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/new.jsonl"])
+    found = list(schema.read(f"{folder}/new.jsonl"))
+    assert [note.spans[0].attributes["negation"] for note in found] == ["negated", "affirmed"]
+    kept = (folder / "reader/reader.npz").read_bytes()
+    assert "zulu" not in kept.decode("latin-1")
+    arrays = dict(np.load(folder / "reader/reader.npz"))
+    del arrays["tuned.head.norm.weight"]
+    (folder / "reader/reader.npz").write_bytes(reader.npz(arrays))
+    with pytest.raises(DataError, match="is no reader, or damaged"):
+        reader.Reader.load(f"{folder}/reader")
+
+
+def test_it_needs_a_model_to_tune(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tune\.epochs: needs run"):
+        learned(folder, "tune.epochs=3")
 
 
 def test_a_label_tells_how_something_is_denied(folder: Path) -> None:
@@ -144,7 +142,7 @@ def test_a_label_tells_how_something_is_denied(folder: Path) -> None:
             note.spans[0].attributes["negation"] = "affirmed" if i % 2 else "negated"
     examples = Examples.of(notes)
     truth = np.array([span.attributes["negation"] for span in examples.spans])
-    said = out_of_fold(examples, "negation", examples.documents, 3, 0)
+    said = out_of_fold(folded(examples, examples.documents, 3, 0), "negation")
     assert (said["reader"] == truth).all()
     fitted = Attributes.fit(examples)
     assert fitted.learned["negation"].labels == {"drug", "symptom"}
