@@ -45,7 +45,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(args: list[str], says: str, tmp_
     done = subprocess.run([ROOT / "launch.sh", *args], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
