@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -60,3 +61,14 @@ def test_exit_code_of_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         cli.run_verb("pretrain", [])
     assert caught.value.code == 3
     assert capsys.readouterr().err == "chartlm: the loss is not finite\n"
+
+
+def test_threads_wait_a_little_or_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "put back afterwards")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    cli.settle_threads()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "7")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    cli.settle_threads()
+    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) <= 3000  # with 10,000 a step takes twice as long on contested cores
