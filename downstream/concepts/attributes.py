@@ -201,6 +201,11 @@ class Attributes:
                 values[name], scores[name] = attribute.classes[best], round(float(np.exp(logs_K[best])), 4)
         return said
 
+    def hear_tuned(self) -> bool:
+        """Whether what tuned models say counts anywhere."""
+        parts = [part for one in self.learned.values() for part in (one.general, one.told) if part]
+        return any(part.share for part in parts)
+
     def arrays(self) -> dict[str, Any]:
         """All of it as arrays: only the buckets that weigh anything are kept."""
         about = {name: (one.classes, sorted(one.labels)) for name, one in self.learned.items()}

@@ -87,7 +87,8 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
     others); with `few` only so many mentions of the other folds are learned from.
     """
     total = sum(len(fold.held) for fold in cut)
-    said = {system: np.full(total, "", object) for system in SYSTEMS}
+    learners = ("reader", "plain") if cut[0].known.states_NP.shape[1] else ("reader",)
+    said = {system: np.full(total, "", object) for system in SYSTEMS if system in (*learners, "rules", "words")}
     for fold in cut:
         known, asked = fold.known.having(name), fold.asked.having(name)
         held = fold.held[[name in span.attributes for span in fold.asked.spans]]
@@ -96,15 +97,14 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
         truth = np.array([span.attributes[name] for span in known.spans])
         said["rules"][held] = [mention.rules.get(name, "") for mention in asked.mentions]
         if len(set(truth)) < 2:
-            for system in ("reader", "plain", "words"):
+            for system in (*learners, "words"):
                 said[system][held] = truth[0] if len(truth) else ""
             continue
-        for system, k, a in (("reader", known, asked), ("plain", known.without_states(), asked.without_states())):
+        for system in learners:
+            k, a = (known, asked) if system == "reader" else (known.without_states(), asked.without_states())
             attribute = Attribute.fit(k, name)
             said[system][held] = np.array(attribute.classes)[attribute(a, name)[1]]
         said["words"][held] = _tfidf(known.beside, truth, asked.beside)
-    if not cut[0].known.states_NP.shape[1]:
-        del said["plain"]
     return said
 
 

@@ -102,7 +102,11 @@ def main(args: list[str]) -> None:
             tuned, examples = tuner.fit(examples.documents), tuner.crossed(examples)
     else:
         results = tested(examples, groups, recipe.folds, recipe.seed, None)
-    Reader(Attributes.fit(examples), states, _tagger(recipe, notes, states), tuned).save(storage.join(out, FILE))
+    attributes = Attributes.fit(examples)
+    if tuned and not attributes.hear_tuned():
+        logs.say("the tuned models add nothing to the words and states; they are not kept")
+        tuned = None
+    Reader(attributes, states, _tagger(recipe, notes, states), tuned).save(storage.join(out, FILE))
     facts = {"task": "concepts", "lineage": {("backward" if m.backward else "model"): lineage(m) for m in models}}
     counts = {"notes": len(notes), "mentions": len(examples.spans)}
     storage.write_json(storage.join(out, RESULTS), {**facts, **about, **counts, "values": results})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from annotated import model, toy
 from cluster import config
 from cluster.errors import ConfigError, DataError, StorageError
 from downstream import finetune, work
-from downstream.concepts import annotate, reader, schema, train
+from downstream.concepts import annotate, attributes, reader, schema, train
 from downstream.concepts.attributes import Attributes
 from downstream.concepts.evaluate import folded, out_of_fold
 from downstream.concepts.features import Examples
@@ -91,11 +92,19 @@ def test_a_language_model_tells_what_stands_far_away() -> None:
     assert (said["reader"] == truth).mean() > 0.9 > 0.7 > (said["plain"] == truth).mean()
 
 
-def test_the_verb_tunes_and_its_reader_is_read_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_tunes_and_its_reader_is_read_again(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("run=run", "backward=back", "tune.epochs=3", "tune.lr=0.01")
+    learned(folder, *words)
+    said = capsys.readouterr().out
+    assert "tuning the models: done" in said
+    assert "the tuned models add nothing" in said  # the words say it all
+    assert not reader.Reader.load(f"{folder}/reader").tuned
+    monkeypatch.setattr(attributes, "SHARES", (1.0,))  # nothing else is heard
+    shutil.rmtree(folder / "reader")
     values = learned(folder, *words)["values"]["negation:negated"]  # type: ignore[index]
     assert values["reader"]["f1"] == 1
-    assert "tuning the models: done" in capsys.readouterr().out
     again = reader.Reader.load(f"{folder}/reader")
     assert again.tuned
     note = toy(2)[1]
