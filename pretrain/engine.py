@@ -155,8 +155,8 @@ class Objective(nn.Module):
         self, batch: Batch, carry: Carry, masks: Masks | None, share: float | None, weight: float = 1.0
     ) -> tuple[Tensor, Tensor, Carry]:
         """(objective, sum of negative log-likelihoods in nats, carry). `share` turns this worker's sum into its part of
-        the mean over all workers' targets, given that DeepSpeed averages gradients over workers; `weight` does so for
-        the model's penalty, a mean over these lanes.
+        the mean over all workers' targets, given how DeepSpeed brings gradients of workers together; `weight` does so
+        for the model's penalty, a mean over these lanes.
 
         Without a share, scores: (nll of every target in nats, whether it was the most likely token, carry), both
         [lanes·T] and 0 where a target is IGNORED. They go through here because only within the forward of what
@@ -193,6 +193,18 @@ class Plain:
         return scores  # type: ignore[no-any-return]
 
 
+def _squares(gradients: list[Tensor]) -> float:
+    """The sum of squares, by rows: one sum over millions in single precision would be off by a thousandth."""
+    sums = [torch.zeros((), dtype=torch.float64, device=gradients[0].device)] if gradients else []
+    for gradient in gradients:
+        exact = torch.promote_types(gradient.dtype, torch.float32)
+        flat = gradient.detach().flatten()
+        edge = len(flat) // 4096 * 4096
+        for rows in (flat[:edge].view(-1, 4096), flat[edge:].view(1, -1)):
+            sums.append(torch.linalg.vector_norm(rows, dim=1, dtype=exact).double().square().sum())
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
 class Engine:
     """A model under DeepSpeed: one call trains a step; tensors come out and go in by name."""
 
@@ -221,15 +233,18 @@ class Engine:
             config={
                 "train_micro_batch_size_per_gpu": fewest // config.accumulation,  # DeepSpeed only reports it
                 "gradient_accumulation_steps": config.accumulation,
-                # At ZeRO-0 DeepSpeed keeps the norm to itself: there `update` clips.
-                "gradient_clipping": clip if config.zero_stage else 0.0,
+                # But for ZeRO-3 `update` looks at the norm and clips: DeepSpeed reads the gradients three times for
+                # that, once in double precision, and at ZeRO-0 keeps the norm to itself.
+                "gradient_clipping": clip if config.zero_stage == 3 else 0.0,
+                "gradient_allreduce_op": "mean" if config.zero_stage == 3 else "sum",
                 "steps_per_print": 1 << 30,
                 "zero_optimization": {
                     "stage": config.zero_stage,
                     "stage3_param_persistence_threshold": config.whole_below,
+                    "compute_grad_norm": config.zero_stage in (0, 3),
                 },
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": config.precision == "bf16"},
+                "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": config.zero_stage == 3},
             },
         )
 
@@ -248,13 +263,14 @@ class Engine:
         """
         self._deepspeed.train()
         groups, size = self.config.accumulation, len(batch.tokens_BT)
-        share = self.workers.world * groups / max(targets, 1)
+        averaged = self.workers.world if self.config.zero_stage == 3 else 1  # else DeepSpeed sums over the workers
+        share = averaged * groups / max(targets, 1)
         batch = batch.to(self.workers.device)
         nlls, carries = [], []
         for group in range(groups):
             rows = slice(group * size // groups, (group + 1) * size // groups)
             part = {name: value[rows] for name, value in carry.items()}
-            weight = (rows.stop - rows.start) * self.workers.world * groups / self.lanes
+            weight = (rows.stop - rows.start) * averaged * groups / self.lanes
             objective, nll, part = self._deepspeed(
                 batch.rows(rows.start, rows.stop), part, masks.rows(rows), share, weight
             )
@@ -283,18 +299,29 @@ class Engine:
             group["lr"], group["newest"] = knobs.lr * group.get("lr_scale", 1.0), knobs.newest
             if knobs.beta1 is not None and "betas" in group:
                 group["betas"] = (knobs.beta1, group["betas"][1])
-        if self._sharded:
+        if self.config.zero_stage == 3:
             self._deepspeed.step()  # looks at the norm itself, and applies nothing where it is not finite
             norm = self._deepspeed.get_global_grad_norm()
             return (math.inf if norm is None else float(norm)), not optimizer.overflow
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if not norm.isfinite():
+        if self._sharded:
+            gradients = [part for group in optimizer.averaged_gradients.values() for part in group]
+            norm = math.sqrt(*self.workers.total(_squares(gradients)))
+        else:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            norm = math.sqrt(_squares(gradients))
+        if not math.isfinite(norm):
             self.discard()
             return math.inf, False
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-        self._deepspeed.step()
-        return float(norm), True
+        excess = max((norm + 1e-6) / self.clip, 1.0)
+        if self._sharded:
+            optimizer.loss_scale = excess  # DeepSpeed divides by it, once the gradient is fp32
+            self._deepspeed.step()
+            optimizer.loss_scale = 1.0
+        else:
+            if excess > 1:
+                torch._foreach_mul_(gradients, 1 / excess)
+            self._deepspeed.step()
+        return norm, True
 
     def discard(self) -> None:
         """Throws the gradients of `forward_backward` away, as DeepSpeed does with those that overflow."""

@@ -25,7 +25,7 @@ from torch.nn import functional
 from cluster.config import Section
 from pretrain.models.carry import Carry, Pieces, forgotten
 from pretrain.models.dropout import Masks
-from pretrain.models.lstm import WRONG_FROM, Lstm
+from pretrain.models.lstm import FROM, Lstm
 from pretrain.models.output import Hidden, Level, logits
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -105,7 +105,8 @@ class LstmLayer(nn.Module):
             packed = input_BTD.flatten(0, 1)[pieces.into_N]
             output, h, c = torch.lstm(packed, pieces.batch_sizes, state, weights, True, 1, 0.0, self.training, False)
             return output[pieces.back_N].view(lanes, length, -1), h[0][pieces.last_B], c[0][pieces.last_B]
-        if self.width >= WRONG_FROM and input_BTD.dtype == torch.bfloat16 and not input_BTD.is_cuda:
+        wide = max(self.width, input_BTD.shape[-1]) >= FROM
+        if wide and input_BTD.dtype == torch.bfloat16 and not input_BTD.is_cuda:
             output_BTH, h, c = Lstm.apply(input_BTD, h_BH, c_BH, weight_ih, weight_hh, bias_ih + bias_hh)
             return output_BTH, h, c
         state = (h_BH.unsqueeze(0), c_BH.unsqueeze(0))
