@@ -1,8 +1,8 @@
 """An LSTM layer over a segment in bf16 on a CPU, by hand.
 
 oneDNN's (torch 2.13.0, oneDNN 3.12, a CPU with AMX) gives wrong gradients from 1,024 units on, where its outputs are
-right: those of the input are off by more than their size, those of the weights by a fifth. From some 400 on this one
-is also faster.
+right: those of the input are off by more than their size, those of the weights by a fifth. With few lanes this one is
+also faster there, and where the input is as wide (20 lanes: a quarter; with 64 it is a tenth slower).
 
     forward    x W_ihᵀ + b for all positions, one by one h W_hhᵀ;  i, f, o = σ;  g = tanh;  c = f c + i g;  h = o tanh c
     backward   one by one only what comes back through time, dh = dgates W_hh;  the rest for all positions
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 FROM = 1024  # units, or width of the input
-_ROWS = 512
+_ROWS = 512  # of a matrix to transpose at a time
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
