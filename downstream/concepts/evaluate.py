@@ -1,13 +1,14 @@
 """Every mention tested once, by what has not seen its document: the reader, and what a user would pick instead.
 
-reader   all that the recipe gives     plain   the same without the language model
-rules    ConText's, nothing learned    words   TF-IDF of the words beside the mention with logistic regression
+reader   all that the recipe gives       rules   ConText's, nothing learned
+untuned  models that learned no spans    words   TF-IDF of the words beside the mention with logistic regression
+plain    without the language model
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,13 @@ from downstream.concepts.score import f1_gain, prf
 from downstream.concepts.tuned import Tuner
 from downstream.metrics import Ints
 
-SYSTEMS = {"reader": "reader", "plain": "no language model", "rules": "rules", "words": "TF-IDF beside it"}
+SYSTEMS = {
+    "reader": "reader",
+    "untuned": "models not tuned",
+    "plain": "no language model",
+    "rules": "rules",
+    "words": "TF-IDF beside it",
+}
 
 Said = dict[str, np.ndarray]
 
@@ -87,7 +94,11 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
     others); with `few` only so many mentions of the other folds are learned from.
     """
     total = sum(len(fold.held) for fold in cut)
-    learners = ("reader", "plain") if cut[0].known.states_NP.shape[1] else ("reader",)
+    learners: dict[str, Callable[[Examples], Examples]] = {"reader": lambda every: every}
+    if cut[0].known.tuned:
+        learners["untuned"] = lambda every: every._replace(tuned={})
+    if cut[0].known.states_NP.shape[1]:
+        learners["plain"] = Examples.without_states
     said = {system: np.full(total, "", object) for system in SYSTEMS if system in (*learners, "rules", "words")}
     for fold in cut:
         known, asked = fold.known.having(name), fold.asked.having(name)
@@ -100,10 +111,9 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
             for system in (*learners, "words"):
                 said[system][held] = truth[0] if len(truth) else ""
             continue
-        for system in learners:
-            k, a = (known, asked) if system == "reader" else (known.without_states(), asked.without_states())
-            attribute = Attribute.fit(k, name)
-            said[system][held] = np.array(attribute.classes)[attribute(a, name)[1]]
+        for system, told in learners.items():
+            attribute = Attribute.fit(told(known), name)
+            said[system][held] = np.array(attribute.classes)[attribute(told(asked), name)[1]]
         said["words"][held] = _tfidf(known.beside, truth, asked.beside)
     return said
 

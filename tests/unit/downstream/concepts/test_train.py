@@ -60,6 +60,7 @@ def test_a_reader_learns_what_rules_do_not_know(folder: Path, more: tuple[str, .
     assert values["rules"]["f1"] == 0
     assert values["rules"]["reader_gain"] == [1, 1, 1]
     assert ("plain" in values) == bool(more)
+    assert "untuned" not in values
     annotate.main([f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/new.jsonl"])
     found = list(schema.read(f"{folder}/new.jsonl"))
     assert [note.spans[0].attributes["negation"] for note in found] == ["negated", "affirmed"]
@@ -105,6 +106,7 @@ def test_the_verb_tunes_and_its_reader_is_read_again(
     shutil.rmtree(folder / "reader")
     values = learned(folder, *words)["values"]["negation:negated"]  # type: ignore[index]
     assert values["reader"]["f1"] == 1
+    assert values.keys() == {"reader", "untuned", "plain", "rules", "words"}
     again = reader.Reader.load(f"{folder}/reader")
     assert again.tuned
     note = toy(2)[1]
