@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 def _rows(output_NE: Tensor, vocab_size: int) -> int:
     """Positions of a chunk."""
-    return max(CHUNK_ELEMENTS[output_NE.device.type] // vocab_size, 16)
+    return max(CHUNK_ELEMENTS[output_NE.device.type] // vocab_size, 256)
 
 
 def dense(output_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:

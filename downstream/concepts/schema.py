@@ -108,8 +108,9 @@ def problem(note: Note) -> str:
             if name in VALUES and value not in VALUES[name]:
                 return f"span {span.id}: {name}={value[:30]!r}; the values are {', '.join(VALUES[name])}"
         twin = same_place.setdefault((span.start, span.end, span.label, span.concept), span)
-        if wrong := next((k for k, v in twin.attributes.items() if span.attributes.get(k, v) != v), None):
-            return f"spans {twin.id} and {span.id} are at one place and do not agree on {wrong}"
+        wrong = next((k for k, v in twin.attributes.items() if span.attributes.get(k, v) != v), None)
+        if wrong is not None:
+            return f"spans {twin.id} and {span.id} are at one place and do not agree on {wrong or repr(wrong)}"
     if crossing := _crossing(note.spans):
         return "spans {} and {} of one label overlap, and neither lies within the other".format(*crossing)
     for relation in note.relations:

@@ -163,7 +163,8 @@ class AwdLstm(nn.Module):
         for index, layer in enumerate(self.layers):
             weight_mask = None
             if masks is not None:
-                weight_mask = masks.shared(f"weight{index}", config.drop_weight, (4 * layer.width, layer.width))
+                shape, dtype = (4 * layer.width, layer.width), x_BTD.dtype
+                weight_mask = masks.shared(f"weight{index}", config.drop_weight, shape, dtype)
                 if index > 0:
                     x_BTD = _dropped(x_BTD, masks.per_lane(f"hidden{index}", config.drop_hidden, x_BTD.shape[-1]))
             x_BTD, h, c = layer(x_BTD, carry[f"h{index}"], carry[f"c{index}"], weight_mask, pieces)

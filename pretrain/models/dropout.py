@@ -1,15 +1,14 @@
 """Dropout masks as pure functions of (seed, step, name, global lane).
 
 No generator is kept, so nothing has to be saved for a resume to be exact, and a lane draws the same mask on whichever
-worker it is. Bits come from NumPy's counter-based Philox (Salmon et al. 2011), one byte an element: probabilities are
-multiples of 1/256, and masks are scaled by the exact rate that is kept. Where every element of an activation has its
-own bit (`dropped`), that would be too many to bring to a GPU: there they are made where they are used, by SplitMix64
-(Steele et al. 2014), the same on every device.
+worker it is. Bits come from SplitMix64 (Steele et al. 2014), made where they are used and the same on every device, one
+byte an element: probabilities are multiples of 1/256, and masks are scaled by the exact rate that is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +34,14 @@ class Masks:
         part._made = self._made
         return part
 
-    def shared(self, name: str, p: float, shape: tuple[int, ...]) -> Tensor | None:
+    def shared(self, name: str, p: float, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor | None:
         """Scaled mask [*shape], the same on every worker (weights, embedding rows); None where nothing drops."""
         threshold = self.threshold(p)
         if threshold == 0:
             return None
         if name not in self._made:
-            kept = self._bytes(name, int(np.prod(shape))) >= threshold
-            self._made[name] = self._scaled(kept.reshape(shape), threshold)
+            kept_1N = _kept(self.shared_key(name), math.prod(shape), threshold, dtype)
+            self._made[name] = kept_1N.mul_(256 / (256 - threshold)).view(shape)
         return self._made[name]
 
     def per_lane(self, name: str, p: float, width: int) -> Tensor | None:
@@ -50,8 +49,8 @@ class Masks:
         threshold = self.threshold(p)
         if threshold == 0:
             return None
-        kept = np.stack([self._bytes(f"{name}/{lane}", width) >= threshold for lane in self.lanes])
-        return self._scaled(kept[:, None, :], threshold)
+        kept_BD = _kept(self.keys([name])[0], width, threshold, torch.float32)
+        return kept_BD.mul_(256 / (256 - threshold))[:, None]
 
     def keys(self, names: Sequence[str]) -> Tensor:
         """A key for `dropped` for every name and lane, int64 [names, lanes]."""
@@ -70,13 +69,6 @@ class Masks:
     def _key(self, name: str) -> bytes:
         return hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=16).digest()
 
-    def _bytes(self, name: str, count: int) -> np.ndarray:
-        bits = np.random.Philox(key=np.frombuffer(self._key(name), np.uint64))
-        return bits.random_raw(-(-count // 8)).view(np.uint8)[:count]
-
-    def _scaled(self, kept: np.ndarray, threshold: int) -> Tensor:
-        return torch.from_numpy(kept).to(self.device).float().mul_(256 / (256 - threshold))
-
 
 _GAMMA, _MIX1, _MIX2 = (
     constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -93,11 +85,14 @@ def _splitmix(keys_B: Tensor, count: int) -> Tensor:
     return z
 
 
-def _kept(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
-    """1 for each element that stays, else 0 [B, T, D]. Compared as floats: vectorized everywhere, as bytes are not."""
-    size = x_BTD[0].numel()
-    numbers = _splitmix(keys_B, -(-size // 8)).view(torch.uint8)[:, :size]
-    return numbers.to(x_BTD.dtype).ge_(threshold).reshape(x_BTD.shape)
+def _kept(keys_B: Tensor, count: int, threshold: int, dtype: torch.dtype) -> Tensor:
+    """1 for each element that stays, else 0 [B, count]. Compared as floats: vectorized everywhere, as bytes are not."""
+    numbers_BN = _splitmix(keys_B, -(-count // 8)).view(torch.uint8)[:, :count]
+    return numbers_BN.to(dtype).ge_(threshold)
+
+
+def _kept_like(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
+    return _kept(keys_B, x_BTD[0].numel(), threshold, x_BTD.dtype).reshape(x_BTD.shape)
 
 
 class _Dropped(torch.autograd.Function):
@@ -107,12 +102,12 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
         ctx.save_for_backward(keys_B)
         ctx.threshold = threshold
-        return _kept(x_BTD, keys_B, threshold).mul_(x_BTD).mul_(256 / (256 - threshold))
+        return _kept_like(x_BTD, keys_B, threshold).mul_(x_BTD).mul_(256 / (256 - threshold))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (keys_B,) = ctx.saved_tensors
-        kept = _kept(gradients[0], keys_B, ctx.threshold)
+        kept = _kept_like(gradients[0], keys_B, ctx.threshold)
         return kept.mul_(gradients[0]).mul_(256 / (256 - ctx.threshold)), None, None
 
 
@@ -122,7 +117,7 @@ class _ReluDropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:
         ctx.scale = 256 / (256 - threshold)
-        output = _kept(x_BTD, keys_B, threshold).mul_(x_BTD).relu_().mul_(ctx.scale)
+        output = _kept_like(x_BTD, keys_B, threshold).mul_(x_BTD).relu_().mul_(ctx.scale)
         ctx.save_for_backward(output)
         return output
 

@@ -174,11 +174,7 @@ def test_awd_lstm_is_the_paper_to_the_last_digits() -> None:
     text = tokens(3, 10)
     carry = {key: value.double() for key, value in model.initial_carry(3).items()}
 
-    class Doubled(Masks):
-        def _scaled(self, kept: Any, threshold: int) -> torch.Tensor:
-            return torch.from_numpy(kept).double() * (256 / (256 - threshold))
-
-    masks = Doubled(1, 5, range(3), torch.device("cpu"))
+    masks = Masks(1, 5, range(3), torch.device("cpu"))
     hidden, _ = model(text, carry, masks)
     ours = functional.cross_entropy(model.logits(hidden.output_BTE).flatten(0, 1), text.flatten())
     ours = ours + model.penalty(hidden)

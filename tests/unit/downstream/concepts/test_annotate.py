@@ -193,6 +193,10 @@ def gold(**changes: Any) -> dict[str, Any]:
             "spans T1 and T2 are at one place and do not agree on negation",
         ),
         (
+            gold() | {"spans": [gold(id=f"T{i}", attributes={"": str(i)})["spans"][0] for i in (1, 2)]},
+            "spans T1 and T2 are at one place and do not agree on ''",
+        ),
+        (
             gold() | {"spans": [*gold()["spans"], {"id": "T2", "start": 3, "end": 8}]},
             "spans T1 and T2 of one label overlap, and neither lies within the other",
         ),
