@@ -248,6 +248,9 @@ class Engine:
             },
         )
 
+        if workers.world == 1 and config.zero_stage == 0:
+            self._deepspeed.enable_backward_allreduce = False  # it would copy all gradients there and back
+
     @property
     def vocab_size(self) -> int:
         """How many tokens the model knows."""
