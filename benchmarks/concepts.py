@@ -6,7 +6,7 @@ Every row of a table is of one run, on the same folds: `reader` is ours (rules, 
 two language models, one of which reads backwards), `plain` the same without them, `rules` ours without learning,
 `words` TF-IDF of the words beside the mention with logistic regression. The models are trained in `work`, an hour on
 two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. On MACCROBAT
-they also learn from the spans of the other folds (`[tune] epochs=5`, in `work`, half an hour); `untuned` is the reader
+they also learn from the spans of the other folds (`[tune] epochs=5`, in `work`, another hour); `untuned` is the reader
 without that. `rivals` is the Python of an environment as concepts_rivals.py describes. F1 with 95% intervals over
 documents.
 """
