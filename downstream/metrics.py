@@ -209,6 +209,9 @@ BINARY: Mapping[str, Metric] = {
     "rp80_balanced": _one_to_one(rp80),
 }
 MULTICLASS: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
+# Notes drawn with replacement lie farther from the shares of their bins than all notes do: the mean of that is taken
+# off the interval.
+FARTHER = frozenset({"ece"})
 
 
 def scores_of(probabilities_NK: Floats) -> tuple[Floats, Mapping[str, Metric]]:
@@ -299,7 +302,7 @@ def patient_draws(patients: Sequence[str], draws: int, seed: int) -> Iterator[Fl
 def evaluate(
     labels_N: Ints, probabilities: Mapping[str, Floats], patients: Sequence[str], draws: int, seed: int
 ) -> dict[str, dict[str, Interval]]:
-    """Every metric of every system (`probabilities` [N, K] by name), with percentile intervals.
+    """Every metric of every system (`probabilities` [N, K] by name), with percentile intervals (see FARTHER).
 
     The systems see the same draws, so the difference of the first system and each later one is paired; it
     stands under "first - later". Draws in which a metric is not defined (a class is absent) do not count for
@@ -358,15 +361,16 @@ def _compared(
     drawn = [measured(weights_N) for weights_N in patient_draws(patients, draws, seed)]
     return {
         system: {
-            name: _interval(value, np.array([one[system][name] for one in drawn])) for name, value in values.items()
+            name: _interval(value, np.array([one[system][name] for one in drawn]), name in FARTHER)
+            for name, value in values.items()
         }
         for system, values in whole.items()
     }
 
 
-def _interval(value: float, drawn_D: Floats) -> Interval:
+def _interval(value: float, drawn_D: Floats, farther: bool) -> Interval:
     defined = drawn_D[~np.isnan(drawn_D)]
     if not len(defined):
         return Interval(value, math.nan, math.nan)
-    low, high = np.percentile(defined, [2.5, 97.5])
+    low, high = np.percentile(defined, [2.5, 97.5]) - (defined.mean() - value if farther else 0)
     return Interval(value, float(low), float(high))

@@ -282,3 +282,16 @@ def test_calibration_line_where_newton_overshoots_or_logits_are_close() -> None:
         excess_N = weights_N * (1 / (1 + np.exp(-(intercept + slope * logit_N))) - labels_N)
         assert excess_N.sum() == pytest.approx(0, abs=1e-3)  # as many positives as was said, low and high
         assert excess_N @ (logit_N - logit_N.mean()) / logit_N.std() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_calibration_error_of_few_notes_lies_within_its_interval(seed: int) -> None:
+    """Draws with replacement are farther from their bins: their percentiles may all lie above the value."""
+    draws = np.random.default_rng(seed)
+    p_N = draws.random(40)
+    labels_N = (draws.random(40) < p_N).astype(int)
+    p_NK = np.stack([1 - p_N, p_N], 1)
+    found = evaluate(labels_N, {"model": p_NK, "other": p_NK[::-1].copy()}, [str(i) for i in range(40)], 200, seed)
+    for system in ("model", "other", "model - other"):
+        value, low, high = found[system]["ece"]
+        assert low < value < high
