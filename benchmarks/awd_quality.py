@@ -104,9 +104,9 @@ def main() -> None:
     bits: dict[str, list[float]] = {"fastai": [], "chartlm": []}
     took: dict[str, list[float]] = {"fastai": [], "chartlm": []}
     for seed in range(1, given["seeds"] + 1):
-        awd_lstm.allocate_as("fastai")
+        awd_lstm.settle_as("fastai")
         theirs, their_seconds = of_fastai(corpus, given, seed, workers.device)
-        awd_lstm.allocate_as("chartlm")
+        awd_lstm.settle_as("chartlm")
         ours, our_seconds, steps = of_chartlm(corpus, given, seed, workers, their_seconds)
         for name, value, seconds in (("fastai", theirs, their_seconds), ("chartlm", ours, our_seconds)):
             bits[name].append(value)

@@ -25,7 +25,7 @@ from cluster import memory, storage
 from cluster.config import Section
 from cluster.errors import ConfigError, TrainingError
 from pretrain import heads
-from pretrain.models import Carry
+from pretrain.models import Carry, settle_numbers
 from pretrain.models.dropout import Masks
 from pretrain.optim import AVERAGE, Knobs
 from pretrain.streams import Batch
@@ -81,6 +81,7 @@ class Workers:
             torch.cuda.set_device(self.device)
         else:
             memory.keep_freed()
+        settle_numbers()
         backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_seconds)
         if self._owns_group and "MASTER_ADDR" not in os.environ:
             if self.world > 1:

@@ -24,7 +24,7 @@ from cluster import config, storage
 from cluster.errors import ConfigError
 from pretrain import checkpoint
 from pretrain.engine import Plain
-from pretrain.models import MODELS
+from pretrain.models import MODELS, settle_numbers
 from pretrain.streams import StreamConfig
 from sharding.clean import CleanConfig, clean
 from sharding.shards import Corpus
@@ -203,6 +203,7 @@ def load_trained(run: str, changes: dict[str, Any] | None = None) -> Trained:
     """The newest checkpoint of a run directory, with `changes` to what its model does without weights (memory …).
     Raises ConfigError where there is none, or the weights do not fit.
     """
+    settle_numbers()
     if not storage.exists(storage.join(run, FILE)):
         raise ConfigError(f"{run}: is not a run directory; run ./launch.sh pretrain first or check the path")
     about = storage.read_json(storage.join(run, FILE))

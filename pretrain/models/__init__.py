@@ -8,10 +8,20 @@ Axis 0 of every tensor of a carry is the lane. Where `starts_BT` is True, all th
 
 from typing import Any
 
+import torch
+
 from pretrain.models.awd_lstm import AwdLstm
 from pretrain.models.carry import Carry
 from pretrain.models.transformer_xl import TransformerXl
 
-__all__ = ["MODELS", "Carry"]
+__all__ = ["MODELS", "Carry", "settle_numbers"]
 
 MODELS: dict[str, Any] = {"awd-lstm": AwdLstm, "transformer-xl": TransformerXl}
+
+
+def settle_numbers() -> None:
+    """Takes numbers below the least normal one (1e-38 in single precision) for 0 in this thread and those it starts. Of
+    a trained Transformer-XL every tenth attention weight is one, and Intel's processors calculate with them so slowly
+    that a training step takes 1.6 times as long (docs/benchmarks.md). Every process that has a model calls it first.
+    """
+    torch.set_flush_denormal(True)

@@ -1,6 +1,8 @@
 """What the engine looks at in gradients."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,3 +21,27 @@ def test_the_sum_of_squares_is_exact_over_millions(dtype: torch.dtype) -> None:
     assert not math.isfinite(_squares(gradients))
     gradients[0][-1, -1] = math.nan
     assert math.isnan(_squares(gradients))
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        "import pretrain.engine; pretrain.engine.Workers(60)",
+        "import contextlib, pretrain.run\nwith contextlib.suppress(Exception): pretrain.run.load_trained('nowhere')",
+    ],
+)
+def test_a_process_with_a_model_takes_the_least_numbers_for_nothing(opened: str) -> None:
+    """So do the threads that it starts."""
+    program = f"""
+import threading, torch
+least = lambda: print((torch.tensor([1e-38]) * 0.1).item())
+least()
+{opened}
+least()
+thread = threading.Thread(target=least)
+thread.start()
+thread.join()
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert float(said[0]) == pytest.approx(1e-39, rel=1e-6, abs=0)
+    assert said[1:] == ["0.0", "0.0"]
