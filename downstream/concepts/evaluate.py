@@ -7,8 +7,10 @@ plain    without the language model
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,29 +95,34 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
     """What every system says of an attribute, each mention that has it by what has not seen its group ("" for the
     others); with `few` only so many mentions of the other folds are learned from.
     """
-    total = sum(len(fold.held) for fold in cut)
     learners: dict[str, Callable[[Examples], Examples]] = {"reader": lambda every: every}
     if cut[0].known.tuned:
         learners["untuned"] = lambda every: every._replace(tuned={})
     if cut[0].known.states_NP.shape[1]:
         learners["plain"] = Examples.without_states
-    said = {system: np.full(total, "", object) for system in SYSTEMS if system in (*learners, "rules", "words")}
-    for fold in cut:
+
+    def tested(fold: Fold) -> Said:
         known, asked = fold.known.having(name), fold.asked.having(name)
-        held = fold.held[[name in span.attributes for span in fold.asked.spans]]
         if few:
             known = known.rows(np.sort(np.random.default_rng(seed).permutation(len(known.spans))[:few]))
         truth = np.array([span.attributes[name] for span in known.spans])
-        said["rules"][held] = [mention.rules.get(name, "") for mention in asked.mentions]
+        values: Said = {}
         if len(set(truth)) < 2:
-            for system in (*learners, "words"):
-                said[system][held] = truth[0] if len(truth) else ""
-            continue
-        for system, told in learners.items():
-            attribute = Attribute.fit(told(known), name)
-            said[system][held] = np.array(attribute.classes)[attribute(told(asked), name)[1]]
-        said["words"][held] = _tfidf(known.beside, truth, asked.beside)
-    return said
+            values = dict.fromkeys((*learners, "words"), np.full(len(asked.spans), truth[0] if len(truth) else ""))
+        else:
+            for system, told in learners.items():
+                attribute = Attribute.fit(told(known), name)
+                values[system] = np.array(attribute.classes)[attribute(told(asked), name)[1]]
+            values["words"] = _tfidf(known.beside, truth, asked.beside)
+        return values | {"rules": np.array([mention.rules.get(name, "") for mention in asked.mentions])}
+
+    said = {system: np.full(sum(len(fold.held) for fold in cut), "", object) for system in SYSTEMS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # liblinear lets others calculate meanwhile
+        for fold, values in zip(cut, pool.map(tested, cut), strict=True):
+            held = fold.held[[name in span.attributes for span in fold.asked.spans]]
+            for system, one in values.items():
+                said[system][held] = one
+    return {system: said[system] for system in SYSTEMS if system in (*learners, "rules", "words")}
 
 
 def _tfidf(learned: Sequence[str], truth: np.ndarray, asked: Sequence[str]) -> np.ndarray:

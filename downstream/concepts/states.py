@@ -21,7 +21,7 @@ from downstream.reading import Tokens, words_of
 from pretrain.run import Trained
 from sharding.clean import cleaned_around
 
-SEGMENT = 256  # tokens read at a time, with the carry of those before
+SEGMENT = 128  # tokens read at a time, with the carry of those before; of more, attention is dearer and tells no more
 WIDTHS = (16, 64)  # tokens on either side over which states are averaged
 TOGETHER = 16  # passages read at a time
 

@@ -21,6 +21,7 @@ from sklearn.model_selection import GroupKFold
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cluster import memory
 from cluster.config import Section, fingerprint
 from downstream.classifier import Encoder
 from downstream.concepts.features import Examples
@@ -77,6 +78,7 @@ class Tuned:
         """Learned from the spans of the notes, of which the values by attribute and the labels are among those given;
         the same notes in the same order give the same. `passed` is called after each pass over them.
         """
+        memory.keep_freed()
         draws = torch.Generator().manual_seed(int(fingerprint([note.doc_id for note in notes])[:15], 16))
         device = next(models[0].model.parameters()).device
         encoders = nn.ModuleList(copy.deepcopy(trained.model) for trained in models).requires_grad_(True)
