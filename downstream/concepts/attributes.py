@@ -23,7 +23,7 @@ from downstream.metrics import Floats, Ints
 C = 1.0  # inverse regularization
 PARTS = 4  # of documents, for the offsets and the scale
 SCALES = (0.0, 1.0, 3.0)  # of the states
-SHARES = (0.0, 0.5, 1.0)  # of what tuned models say, beside the regression
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what tuned models say, beside the regression
 TIE = 0.005  # macro-F1
 OFFSETS = np.linspace(-2, 4, 25)
 LEAST = -20.0  # log-probability
@@ -47,27 +47,31 @@ class Regression(NamedTuple):
 
     @classmethod
     def fit(cls, examples: Examples, truth: np.ndarray, kinds: bool, name: str) -> Regression:
-        """How much the states and tuned models count, and the offsets, are those of the best macro-F1 on the documents
-        that were left out in turn.
+        """How much the states count, and the offsets, are those of the best macro-F1 on the documents that were left
+        out in turn. Tuned models count as much as finds the truth there the likeliest, if macro-F1 is higher with them.
         """
-        classes = np.unique(truth)
-        tuned_NK = _columns(examples, name, classes)
-        tried = []
+        classes, places_N = np.unique(truth, return_inverse=True)
+        tried, seen = [], np.zeros(len(truth), bool)
         for scale in SCALES if examples.states_NP.shape[1] else (0.0,):
-            log_NK, seen = np.zeros((len(truth), len(classes))), np.zeros(len(truth), bool)
+            log_NK = np.zeros((len(truth), len(classes)))
             if len(set(examples.documents)) >= PARTS:
                 for rows, held in GroupKFold(PARTS).split(truth, truth, examples.documents):
                     if len(set(truth[rows])) == len(classes):
                         one = cls._scaled(examples.rows(rows), truth[rows], kinds, scale)
                         log_NK[held] = one.logs(examples.rows(held))
                         seen[held] = True
-            for share in (0.0,) if tuned_NK is None else SHARES:
-                mixed_NK = _mixed(log_NK, tuned_NK, share)[seen]
-                offsets_K, score = _offsets(mixed_NK, np.searchsorted(classes, truth[seen]))
-                tried.append((share, scale, score, offsets_K))
+            tried.append((scale, log_NK, _offsets(log_NK[seen], places_N[seen])[1]))
         # Of nearly equal ones the least: with few mentions of a value the differences are chance.
-        enough = max(score for _, _, score, _ in tried) - TIE
-        share, scale, _, offsets_K = next(one for one in sorted(tried, key=lambda one: one[:2]) if one[2] >= enough)
+        enough = max(score for *_, score in tried) - TIE
+        scale, log_NK, _ = next(one for one in tried if one[-1] >= enough)
+        tuned_NK = _columns(examples, name, classes)
+        shares = (0.0,) if tuned_NK is None else SHARES
+        mixed = {share: _mixed(log_NK, tuned_NK, share)[seen] for share in shares}
+        # One of several F1 is the highest by chance: it counts few mentions, the likelihood all of them.
+        likeliest = max(shares, key=lambda one: mixed[one][np.arange(seen.sum()), places_N[seen]].sum())
+        found = {share: _offsets(mixed[share], places_N[seen]) for share in (shares[0], likeliest)}
+        share = max(found, key=lambda one: found[one][1])
+        offsets_K = found[share][0]
         return cls._scaled(examples, truth, kinds, scale)._replace(offsets_K=offsets_K, share=share)
 
     @classmethod
