@@ -31,13 +31,14 @@ def test_the_sum_of_squares_is_exact_over_millions(dtype: torch.dtype) -> None:
     ],
 )
 def test_a_process_with_a_model_takes_the_least_numbers_for_nothing(opened: str) -> None:
-    """So do the threads that it starts."""
+    """So do the threads that it starts, and those of large operations."""
     program = f"""
 import threading, torch
-least = lambda: print((torch.tensor([1e-38]) * 0.1).item())
+torch.set_num_threads(2)
+least = lambda numbers=1: print((torch.full((numbers,), 1e-38) * 0.1).max().item())
 least()
 {opened}
-least()
+least(1 << 20)
 thread = threading.Thread(target=least)
 thread.start()
 thread.join()
