@@ -5,10 +5,10 @@
 Every row of a table is of one run, on the same folds: `reader` is ours (rules, words, and, with `work`, the states of
 two language models, one of which reads backwards), `plain` the same without them, `rules` ours without learning,
 `words` TF-IDF of the words beside the mention with logistic regression. The models are trained in `work`, an hour on
-two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. On MACCROBAT
-they also learn from the spans of the other folds (`[tune] epochs=5`, in `work`, another hour); `untuned` is the reader
-without that. `rivals` is the Python of an environment as concepts_rivals.py describes. F1 with 95% intervals over
-documents.
+two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. They also learn
+from the spans of the other folds of MACCROBAT (`[tune] epochs=5`, in `work`, another hour) and from passages of known
+sections; `untuned` is the reader without that. `rivals` is the Python of an environment as concepts_rivals.py
+describes. F1 with 95% intervals over documents.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from downstream.concepts.cues import DEFAULTS  # noqa: E402
 from downstream.concepts.evaluate import Fold, folded, out_of_fold, scored  # noqa: E402
 from downstream.concepts.features import Examples  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
+from downstream.concepts.passages import TunedPassages  # noqa: E402
 from downstream.concepts.reader import Reader  # noqa: E402
 from downstream.concepts.schema import Note, Span  # noqa: E402
 from downstream.concepts.states import States  # noqa: E402
@@ -256,9 +257,10 @@ def transfer(negex: Corpus, maccrobat: Corpus) -> None:
 UPPER = re.compile(r"(?:^|,|\.  ?)[ ,]*([A-Z][A-Z0-9/&()'\-.#]*(?:, ?(?=AND )| ?[ /&\-] ?[A-Z0-9/&()'\-.#]+)*):", re.M)
 
 
-def of_sections(data: Path, states: States | None) -> tuple[dict[str, float], SectionTagger]:
+def of_sections(data: Path, states: States | None, work: Path) -> tuple[dict[str, float], SectionTagger]:
     """Heading coverage on the half of MTSamples that the table was not written with, and the tagger's accuracy: of
-    MTS-Dialog's training passages alone, with MTSamples', with the language models; and the last tagger.
+    MTS-Dialog's training passages alone, with MTSamples', with the language models, with these tuned; and the last
+    tagger.
     """
     texts = sorted({row["transcription"] for row in _csv(data / "mtsamples/mtsamples.csv") if row["transcription"]})
     known = count = 0
@@ -272,17 +274,35 @@ def of_sections(data: Path, states: States | None) -> tuple[dict[str, float], Se
     own = [(row["section_text"], row["section_header"]) for row in train]
     print(f"\nheadings: {100 * known / count:.1f}% of {count:,} are known")
     more = headed(data, [label for _, label in own])
-    rows = {"training passages": ([], None), f"and {len(more):,} of MTSamples": (more, None)}
+    rows: dict[str, Any] = {
+        "training passages": ([], None, None),
+        f"and {len(more):,} of MTSamples": (more, None, None),
+    }
     if states:
-        rows["and the language models"] = (more, states.of_passages)
-    for name, (others, reads) in rows.items():
+        rows["and the language models"] = (more, states.of_passages, None)
+        rows["these tuned on passages"] = (more, states.of_passages, tune_passages(states, more, own, work))
+    for name, (others, reads, tuned) in rows.items():
         passages, labels = zip(*own, *others, strict=True)
-        tagger = SectionTagger(reads).fit(passages, labels, weights=[1.0] * len(own) + [OTHERS] * len(others))
+        tagger = SectionTagger(reads, tuned).fit(passages, labels, weights=[1.0] * len(own) + [OTHERS] * len(others))
         said = tagger.predict([row["section_text"] for row in valid])
         right = [label == row["section_header"] for (label, _), row in zip(said, valid, strict=True)]
         accuracy = 100 * float(np.mean(right))
         print(f"sections, {name:<25} {accuracy:.1f}% of {len(valid)}")
     return {"section_accuracy": round(accuracy, 1), "heading_coverage": round(100 * known / count, 1)}, tagger
+
+
+def tune_passages(states: States, more: list[tuple[str, str]], own: list[tuple[str, str]], work: Path) -> TunedPassages:
+    """Models that learned from these passages, in `work`."""
+    kept = work / "passages.npz"
+    if not kept.exists():
+        passes, begun = itertools.count(1), time.monotonic()
+        say = lambda: print(f"passages: pass {next(passes)}, {time.monotonic() - begun:.0f} s", flush=True)  # noqa: E731
+        tuned = TunedPassages.fit(states.models, more, own, TUNE, say)
+        unfinished = work / "passages.tmp.npz"
+        np.savez(unfinished, allow_pickle=False, **tuned.arrays())
+        unfinished.replace(kept)
+    with np.load(kept) as arrays:
+        return TunedPassages.load(arrays, states.models)
 
 
 def headed(data: Path, labels: list[str]) -> list[tuple[str, str]]:
@@ -409,7 +429,7 @@ def main() -> None:
         return tune_fold(maccrobat, Path(words["work"]), int(words["fold"]))
     states = language_models(data, Path(words["work"])) if words["work"] else None
     line: dict[str, Any] = {}
-    figures, tagger = of_sections(data, states)
+    figures, tagger = of_sections(data, states, Path(words["work"]))
     line |= figures
     line["lab_link_accuracy"] = lab_links(maccrobat)
     line["date_resolved"], line["date_resolved_without_age"] = dates_resolved(maccrobat)

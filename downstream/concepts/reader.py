@@ -18,6 +18,7 @@ from cluster import storage
 from cluster.errors import DataError
 from downstream.concepts.attributes import Attributes
 from downstream.concepts.features import Examples, Mention
+from downstream.concepts.passages import TunedPassages
 from downstream.concepts.schema import Note, Span
 from downstream.concepts.states import States
 from downstream.concepts.tagger import SectionTagger
@@ -57,6 +58,8 @@ class Reader(NamedTuple):
             arrays |= self.tuned.arrays()
         if self.tagger:
             arrays["tagger"] = np.frombuffer(self.tagger.save(), np.uint8)
+            if self.tagger.tuned:
+                arrays |= self.tagger.tuned.arrays()
         storage.write_bytes(url, npz(arrays))
 
     @classmethod
@@ -79,12 +82,15 @@ class Reader(NamedTuple):
                 raise DataError(
                     f"{place}: was learned with another checkpoint of {run}; finetune again, or bring it back"
                 )
-        states, tagger, tuned = States(models) if models else None, None, None
+        states, tagger = States(models) if models else None, None
+        tuned, passages = None, None
         try:
-            if "tagger" in arrays:
-                tagger = SectionTagger.load(bytes(arrays["tagger"]), states.of_passages if states else None)
-            if states and any(name.startswith("tuned.") for name in arrays):
+            if states and f"{Tuned.PREFIX}.classes" in arrays:
                 tuned = Tuned.load(arrays, states.models)
+            if states and f"{TunedPassages.PREFIX}.classes" in arrays:
+                passages = TunedPassages.load(arrays, states.models)
+            if "tagger" in arrays:
+                tagger = SectionTagger.load(bytes(arrays["tagger"]), states.of_passages if states else None, passages)
         except (ValueError, KeyError, RuntimeError):
             raise damaged from None
         return cls(attributes, states, tagger, tuned)

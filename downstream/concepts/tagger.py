@@ -2,8 +2,8 @@
 
     He quit smoking.  Mother had MS.      social_history       │ family_history
 
-A linear SVM over words, characters, clues and, where there is one, a language model's states; successive sentences are
-smoothed, so that a section is a stretch.
+A linear SVM over words, characters, clues and, where there is one, a language model's states, beside it models that
+were tuned on such passages (passages.py); successive sentences are smoothed, so that a section is a stretch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +41,29 @@ def _patterns() -> dict[str, re.Pattern[str]]:
     return {name: re.compile(pattern, re.IGNORECASE) for name, pattern in read_headings()["clues"].items()}
 
 
+class Tuned(Protocol):
+    """Models that were tuned on passages (passages.py)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sections that they know."""
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.floating]:
+        """Log-probabilities [N, sections]."""
+
+    def arrays(self) -> dict[str, Any]:
+        """All of it."""
+
+
 class SectionTagger:
     """Which section a passage without heading is of: a linear SVM over its words, characters and clues, and over what
-    `reads` makes of it, if it is given.
+    `reads` makes of it, if it is given. What models say that were tuned on the same sections counts half, if there are
+    any: the SVM knows rare words, they know what stands for them.
     """
 
-    def __init__(self, reads: Reads | None = None) -> None:
+    def __init__(self, reads: Reads | None = None, tuned: Tuned | None = None) -> None:
         self.names: tuple[str, ...] = ()
+        self.tuned = tuned
         self._reads = reads
         self._mean, self._deviation = np.zeros(0), np.ones(0)  # of what it makes of the passages that were learned
         self._seen: dict[str, TfidfVectorizer] = {}
@@ -65,13 +81,15 @@ class SectionTagger:
         """Itself, fitted. Its probabilities are calibrated by cross-validation, the passages of a group together. By
         `weights` passages of another source count less.
 
-        Raises ValueError for fewer than two labels or lengths that differ.
+        Raises ValueError for fewer than two labels, other labels than those of tuned models, or lengths that differ.
         """
         if any(len(one) != len(texts) for one in (labels, groups, weights) if one is not None):
             raise ValueError(f"{len(texts)} texts but {len(labels)} labels, or groups or weights of another length")
         if len(set(labels)) < 2:
             raise ValueError("a tagger needs passages of two labels or more")
         self.names = tuple(sorted(set(labels)))
+        if self.tuned and self.tuned.names != self.names:
+            raise ValueError("the models were tuned on passages with other labels")
         truth = np.array([self.names.index(label) for label in labels])
         passages, counts = np.array(texts, dtype=object), np.ones(len(texts)) if weights is None else np.array(weights)
         states_NP = self._states(texts)
@@ -129,7 +147,8 @@ class SectionTagger:
             raise ValueError("the section tagger was not fitted")
         if not len(texts):
             return np.empty((0, len(self.names)))
-        return _softmax(self._outputs(texts, self._states(texts)) * self._sharpness)
+        chances = _softmax(self._outputs(texts, self._states(texts)) * self._sharpness)
+        return _softmax((np.log(chances + 1e-9) + self.tuned(texts)) / 2) if self.tuned else chances
 
     def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
         """For each text its label and that label's probability. Raises ValueError where it was not fitted."""
@@ -148,9 +167,11 @@ class SectionTagger:
         return out.getvalue()
 
     @classmethod
-    def load(cls, saved: bytes, reads: Reads | None = None) -> SectionTagger:
-        """The tagger that `save` wrote, with the `reads` it was fitted with. Raises ValueError where it is not one."""
-        tagger = cls(reads)
+    def load(cls, saved: bytes, reads: Reads | None = None, tuned: Tuned | None = None) -> SectionTagger:
+        """The tagger that `save` wrote, with the `reads` and tuned models it was fitted with. Raises ValueError for
+        anything else.
+        """
+        tagger = cls(reads, tuned)
         try:
             with np.load(io.BytesIO(saved), allow_pickle=False) as read:
                 said = json.loads(read["json"].tobytes())
@@ -163,6 +184,8 @@ class SectionTagger:
                     seen.idf_ = read[f"idf_{name}"]
         except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError("not a saved section tagger") from error
+        if tuned and tuned.names != tagger.names:
+            raise ValueError("not a saved section tagger: the models were tuned on other labels")
         known = sum(map(len, said["words"].values())) + len(tagger._mean)
         if tagger._weights.shape != (len(tagger.names), 1 + known) or (reads is None) != (len(tagger._mean) == 0):
             raise ValueError("not a saved section tagger: its weights do not fit its words")

@@ -27,6 +27,7 @@ from downstream.concepts.attributes import Attributes
 from downstream.concepts.evaluate import tested
 from downstream.concepts.features import Examples
 from downstream.concepts.formats import Format
+from downstream.concepts.passages import TunedPassages
 from downstream.concepts.reader import FILE, Reader
 from downstream.concepts.schema import Note
 from downstream.concepts.states import States
@@ -183,13 +184,21 @@ def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note], states: States | None
         logs.say(f"{len(kept):,} passages under headings: too few to learn what sections without heading look like")
         return None
     logs.say(f"learning sections from {len(kept):,} passages under headings")
-    little = OTHERS if sum(groups[i] < own for i in kept) >= PASSAGES else 1.0
-    weights = [1.0 if groups[i] < own else little for i in kept]
+    enough = sum(groups[i] < own for i in kept) >= PASSAGES
+    weights = [OTHERS if enough and groups[i] >= own else 1.0 for i in kept]
     kept_of = lambda one: [one[i] for i in kept]  # noqa: E731
+    tuned = None
+    if states and recipe.tune.epochs:
+        pairs = list(zip(kept_of(passages), kept_of(labels), weights, strict=True))
+        few, many = ([(text, label) for text, label, weight in pairs if weight == one] for one in (1.0, OTHERS))
+        count = itertools.count(1)
+        with logs.progress("tuning the models on passages", recipe.tune.epochs + bool(many)) as advance:
+            tuned = TunedPassages.fit(states.models, many, few, recipe.tune, lambda: advance(next(count), ""))
 
     def reads(texts: Sequence[str]) -> Floats:
         assert states
         with logs.progress("reading passages", len(texts)) as advance:
             return states.of_passages(texts, advance)
 
-    return SectionTagger(reads if states else None).fit(kept_of(passages), kept_of(labels), kept_of(groups), weights)
+    tagger = SectionTagger(reads if states else None, tuned)
+    return tagger.fit(kept_of(passages), kept_of(labels), kept_of(groups), weights)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -57,13 +57,87 @@ class _Piece(NamedTuple):
     values: list[Tensor]  # by attribute the places of the values [N], -1 where a span has none
 
 
-class Tuned:
-    """Tuned models and the layers on top of them."""
+class OnTop:
+    """Tuned models, the layers on top of them, and the values that these know by attribute."""
 
-    def __init__(self, models: Sequence[Trained], head: _Head, classes: Mapping[str, Sequence[str]]):
+    PREFIX = "tuned"  # of its arrays
+
+    def __init__(self, models: Sequence[Trained], head: Head, classes: Mapping[str, Sequence[str]]):
         self.states = States(models)
         self.head = head
         self.classes = {name: tuple(values) for name, values in classes.items()}
+
+    def arrays(self) -> dict[str, Any]:
+        """All of it as arrays, by names that begin with the prefix."""
+        own = self.PREFIX
+        found: dict[str, Any] = {f"{own}.classes": np.frombuffer(json.dumps(self.classes).encode(), np.uint8)}
+        found |= {f"{own}.head.{name}": one.cpu().numpy() for name, one in self.head.state_dict().items()}
+        for number, trained in enumerate(self.states.models):
+            state = trained.model.state_dict()
+            found |= {f"{own}.{number}.{name}": one.cpu().numpy() for name, one in state.items()}
+        return found
+
+    @classmethod
+    def load(cls, arrays: Mapping[str, Any], models: Sequence[Trained]) -> Self:
+        """From such arrays, and the models that were tuned. Raises KeyError, ValueError or RuntimeError for others."""
+        own = cls.PREFIX
+        classes: dict[str, list[str]] = json.loads(bytes(arrays[f"{own}.classes"]))
+        learned = []
+        for number, trained in enumerate(models):
+            model = copy.deepcopy(trained.model)
+            known = {name: torch.from_numpy(arrays[f"{own}.{number}.{name}"]) for name in model.state_dict()}
+            model.load_state_dict(known)
+            learned.append(trained.with_model(model))
+        head = Head(arrays[f"{own}.head.norm.weight"].shape[0], [*map(len, classes.values())])
+        head.load_state_dict({name: torch.from_numpy(arrays[f"{own}.head.{name}"]) for name in head.state_dict()})
+        return cls(learned, head.to(next(learned[0].model.parameters()).device), classes)
+
+
+class Learning:
+    """Copies of the models and the layers on top of them while they learn."""
+
+    def __init__(self, models: Sequence[Trained], states: int, sizes: Sequence[int], seed: str, config: TuneConfig):
+        """`states` numbers of each unit of a model go into the head, which says `sizes`."""
+        memory.keep_freed()
+        self.models, self.config = models, config
+        self.draws = torch.Generator().manual_seed(int(seed[:15], 16))
+        self.device = next(models[0].model.parameters()).device
+        self.encoders = nn.ModuleList(copy.deepcopy(trained.model) for trained in models).requires_grad_(True)
+        self.head = Head(states * sum(one.width for one in self.encoders), sizes)  # type: ignore[misc]
+        for layer in (self.head.taught, *self.head.values):
+            nn.init.uniform_(layer.weight, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=self.draws)
+            nn.init.zeros_(layer.bias)
+        self.head.to(self.device)
+
+    def steps(self, total: int) -> Callable[[], None]:
+        """What takes a step with the gradients at hand: of so many, whose rate rises and falls."""
+        groups = [(self.encoders, self.config.lr), (self.head, self.config.lr_head)]
+        optimizer = torch.optim.AdamW([{"params": one.parameters(), "lr": lr} for one, lr in groups], weight_decay=0.01)
+        rate = lambda step: min((step + 1) / (WARMUP * total), (total - step) / ((1 - WARMUP) * total))  # noqa: E731
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+        def step() -> None:
+            nn.utils.clip_grad_norm_([*self.encoders.parameters(), *self.head.parameters()], CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def drop(self, x: Tensor) -> Tensor:
+        """What the head sees of it."""
+        return x * (torch.rand(x.shape, generator=self.draws) >= DROP).to(self.device) / (1 - DROP)
+
+    def learned(self) -> list[Trained]:
+        """The models as they are now."""
+        return [
+            trained.with_model(encoder.requires_grad_(False))
+            for trained, encoder in zip(self.models, self.encoders, strict=True)
+        ]
+
+
+class Tuned(OnTop):
+    """Models that learned from annotated spans."""
 
     @classmethod
     def fit(
@@ -78,39 +152,21 @@ class Tuned:
         """Learned from the spans of the notes, of which the values by attribute and the labels are among those given;
         the same notes in the same order give the same. `passed` is called after each pass over them.
         """
-        memory.keep_freed()
-        draws = torch.Generator().manual_seed(int(fingerprint([note.doc_id for note in notes])[:15], 16))
-        device = next(models[0].model.parameters()).device
-        encoders = nn.ModuleList(copy.deepcopy(trained.model) for trained in models).requires_grad_(True)
-        width = len(windows_of(1, (0, 1))) * sum(one.width for one in encoders)  # type: ignore[misc]
-        head = _Head(width, [*map(len, classes.values()), len(labels)])
-        for layer in (head.taught, *head.values):
-            nn.init.uniform_(layer.weight, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=draws)
-            nn.init.zeros_(layer.bias)
-        head.to(device)
+        sizes, seed = [*map(len, classes.values()), len(labels)], fingerprint([note.doc_id for note in notes])
+        learning = Learning(models, len(windows_of(1, (0, 1))), sizes, seed, config)
         pieces = [_piece(models, *cut, classes, labels) for note in notes for cut in _cuts(note)]
-        groups = [(encoders, config.lr), (head, config.lr_head)]
-        optimizer = torch.optim.AdamW([{"params": one.parameters(), "lr": lr} for one, lr in groups], weight_decay=0.01)
-        total = config.epochs * -(-len(pieces) // TOGETHER)
-        rate = lambda step: min((step + 1) / (WARMUP * total), (total - step) / ((1 - WARMUP) * total))  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        step = learning.steps(config.epochs * -(-len(pieces) // TOGETHER))
         for _ in range(config.epochs):
-            order = torch.randperm(len(pieces), generator=draws).tolist()
+            order = torch.randperm(len(pieces), generator=learning.draws).tolist()
             for first in range(0, len(order), TOGETHER):
                 together = [pieces[place] for place in order[first : first + TOGETHER]]
                 spans_together = sum(len(piece.labels_N) for piece in together)
                 for piece in together:
-                    (_loss(encoders, head, piece, draws, device) / spans_together).backward()
-                nn.utils.clip_grad_norm_([*encoders.parameters(), *head.parameters()], CLIP)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
+                    (_loss(learning, piece) / spans_together).backward()
+                step()
             passed()
-        learned = [
-            trained.with_model(encoder.requires_grad_(False)) for trained, encoder in zip(models, encoders, strict=True)
-        ]
-        head.values = head.values[:-1]
-        return cls(learned, head, classes)
+        learning.head.values = learning.head.values[:-1]
+        return cls(learning.learned(), learning.head, classes)
 
     @torch.no_grad()
     def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> Said:
@@ -131,32 +187,8 @@ class Tuned:
             for name, values in self.classes.items()
         }
 
-    def arrays(self) -> dict[str, Any]:
-        """All of it as arrays, by names that begin with "tuned."."""
-        found: dict[str, Any] = {"tuned.classes": np.frombuffer(json.dumps(self.classes).encode(), np.uint8)}
-        found |= {f"tuned.head.{name}": one.cpu().numpy() for name, one in self.head.state_dict().items()}
-        for number, trained in enumerate(self.states.models):
-            state = trained.model.state_dict()
-            found |= {f"tuned.{number}.{name}": one.cpu().numpy() for name, one in state.items()}
-        return found
 
-    @classmethod
-    def load(cls, arrays: Mapping[str, Any], models: Sequence[Trained]) -> Tuned:
-        """From such arrays, and the models that were tuned. Raises KeyError, ValueError or RuntimeError for others."""
-        classes: dict[str, list[str]] = json.loads(bytes(arrays["tuned.classes"]))
-        learned = []
-        for number, trained in enumerate(models):
-            model = copy.deepcopy(trained.model)
-            known = {name: torch.from_numpy(arrays[f"tuned.{number}.{name}"]) for name in model.state_dict()}
-            model.load_state_dict(known)
-            learned.append(trained.with_model(model))
-        width = arrays["tuned.head.norm.weight"].shape[0]
-        head = _Head(width, [*map(len, classes.values())])
-        head.load_state_dict({name: torch.from_numpy(arrays[f"tuned.head.{name}"]) for name in head.state_dict()})
-        return cls(learned, head.to(next(learned[0].model.parameters()).device), classes)
-
-
-class _Head(nn.Module):
+class Head(nn.Module):
     """From the states beside mentions to scores of the values of each attribute."""
 
     def __init__(self, width: int, sizes: Sequence[int]):
@@ -199,18 +231,15 @@ def _piece(
     return _Piece(read, torch.tensor([labels.index(span.label) for span in spans]), values)
 
 
-def _loss(encoders: nn.ModuleList, head: _Head, piece: _Piece, draws: torch.Generator, device: Any) -> Tensor:
+def _loss(learning: Learning, piece: _Piece) -> Tensor:
     """Of all spans of a piece, summed."""
-    means = []
-    for encoder, (tokens_1T, windows_NW2) in zip(encoders, piece.read, strict=True):
+    draws, device, means = learning.draws, learning.device, []
+    for encoder, (tokens_1T, windows_NW2) in zip(learning.encoders, piece.read, strict=True):
         others_1T = tokens_1T[:, torch.randperm(tokens_1T.shape[1], generator=draws)]
         noisy_1T = torch.where(torch.rand(tokens_1T.shape, generator=draws) < NOISE, others_1T, tokens_1T)
         means.append(_means(encoder, noisy_1T.to(device), windows_NW2.to(device)))  # type: ignore[arg-type]
 
-    def drop(x: Tensor) -> Tensor:
-        return x * (torch.rand(x.shape, generator=draws) >= DROP).to(device) / (1 - DROP)
-
-    *of_values, of_labels = head(torch.cat(means, 1), drop)
+    *of_values, of_labels = learning.head(torch.cat(means, 1), learning.drop)
     loss = functional.cross_entropy(of_labels, piece.labels_N.to(device), reduction="sum")
     for values_N, logits_NK in zip(piece.values, of_values, strict=True):
         one = functional.cross_entropy(logits_NK, values_N.to(device), ignore_index=-1, reduction="sum")

@@ -293,7 +293,9 @@ def test_states_of_passages_are_those_of_each_alone() -> None:
     assert States([model(), model(True)]).of_passages(texts).shape == (23, 2 * found.shape[1])
 
 
-@pytest.mark.parametrize("more", [(), ("run=run", "backward=back")])
+@pytest.mark.parametrize(
+    "more", [(), ("run=run", "backward=back"), ("run=run", "backward=back", "tune.epochs=5", "tune.lr=0.003")]
+)
 def test_sections_are_learned_from_what_stands_under_headings(folder: Path, more: tuple[str, ...]) -> None:
     said = {"SOCIAL HISTORY": "He smokes a pack a day and drinks wine.", "ALLERGIES": "Penicillin gives him a rash."}
     rows = [f'{i},"{" ".join(f"{head}: {body} {i}." for head, body in said.items())}"' for i in range(120)]
@@ -305,6 +307,9 @@ def test_sections_are_learned_from_what_stands_under_headings(folder: Path, more
     [note] = schema.read(f"{folder}/new.jsonl")
     assert note.spans[0].section == note.sections[0].label == "social_history"
     assert note.sections[0].source == "learned"
+    tagger = reader.Reader.load(f"{folder}/reader").tagger
+    assert tagger
+    assert bool(tagger.tuned) == (len(more) > 2)
 
 
 def test_where_the_annotated_notes_say_enough_of_sections_the_others_count_little(folder: Path) -> None:
