@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from annotated import model
 
-from downstream.concepts.passages import LANES, LONGEST, TunedPassages
+from downstream.concepts.passages import LANES, LONGEST, TunedPassages, _tokens
 from downstream.concepts.tagger import SectionTagger
 from downstream.concepts.tuned import TuneConfig
 
@@ -65,6 +65,11 @@ def test_the_beginning_of_a_passage_is_read_and_nothing_of_an_empty_one() -> Non
     np.testing.assert_allclose(same, other, atol=1e-5)
     assert np.isfinite(tuned(["", *["w1"] * LANES])).all()
     assert tuned([]).shape == (0, 2)
+    for forwards, backwards in zip(
+        *(_tokens(one, [long, "zulu w1", ""]) for one in (model(), model(True))), strict=True
+    ):
+        assert len(forwards) <= LONGEST
+        assert backwards.tolist() == forwards.flip(0).tolist()
 
 
 def test_written_and_read_again_it_says_the_same() -> None:
