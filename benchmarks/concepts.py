@@ -5,10 +5,9 @@
 Every row of a table is of one run, on the same folds: `reader` is ours (rules, words, and, with `work`, the states of
 two language models, one of which reads backwards), `plain` the same without them, `rules` ours without learning,
 `words` TF-IDF of the words beside the mention with logistic regression. The models are trained in `work`, an hour on
-two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. They also learn
-from the spans of the other folds of MACCROBAT (`[tune] epochs=5`, in `work`, another hour) and from passages of known
-sections; `untuned` is the reader without that. `rivals` is the Python of an environment as concepts_rivals.py
-describes. F1 with 95% intervals over documents.
+two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. There they also
+learn from passages of known sections (`[tune] epochs=5`). `rivals` is the Python of an environment as
+concepts_rivals.py describes. F1 with 95% intervals over documents.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,29 +43,21 @@ from downstream.concepts import dates, labs, schema, sections  # noqa: E402
 from downstream.concepts.annotate import Annotator  # noqa: E402
 from downstream.concepts.attributes import Attribute, Attributes  # noqa: E402
 from downstream.concepts.cues import DEFAULTS  # noqa: E402
-from downstream.concepts.evaluate import Fold, folded, out_of_fold, scored  # noqa: E402
+from downstream.concepts.evaluate import folded, out_of_fold, scored  # noqa: E402
 from downstream.concepts.features import Examples  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
 from downstream.concepts.passages import TunedPassages  # noqa: E402
 from downstream.concepts.reader import Reader  # noqa: E402
-from downstream.concepts.schema import Note, Span  # noqa: E402
+from downstream.concepts.schema import Note  # noqa: E402
 from downstream.concepts.states import States  # noqa: E402
 from downstream.concepts.tagger import SectionTagger, _normal  # noqa: E402
 from downstream.concepts.train import OTHERS  # noqa: E402
-from downstream.concepts.tuned import PARTS, TuneConfig, Tuner  # noqa: E402
+from downstream.concepts.tuned import TuneConfig  # noqa: E402
 from downstream.concepts.words import Text  # noqa: E402
 from downstream.work import open_models  # noqa: E402
 
 FINDINGS = {"Sign_symptom", "Disease_disorder"}
 EVENTS = FINDINGS | {"Diagnostic_procedure", "Medication", "Therapeutic_procedure", "Clinical_event"}
-# Of MACCROBAT: attribute, value, labels of the spans that may have it. What is not marked there is as usual.
-ROWS = {
-    "negation": ("negation", "negated", EVENTS),
-    "uncertainty": ("certainty", "uncertain", EVENTS),
-    "history": ("temporality", "historical", FINDINGS | {"History"}),
-    "family": ("experiencer", "family", FINDINGS | {"Family_history"}),
-}
-FOLDS = 5
 TUNE = TuneConfig(epochs=5)
 NOTE_DATE = date(2015, 8, 2)  # the case reports have none
 FEW, DRAWS = 200, 5
@@ -112,94 +102,22 @@ class Said(NamedTuple):
     rows: np.ndarray
 
 
-def compared(corpus: Corpus, axis: str, value: str, few: int = 0, seed: int = 0) -> Said:
-    """NegEx's set, five folds by document; with `few` so many mentions of the other folds are learned from. Where an
-    attribute is not annotated it counts as usual.
+def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few: int = 0, seed: int = 0) -> Said:
+    """Five folds by document; with `few` so many mentions of the other folds are learned from. Where an attribute is
+    not annotated it counts as usual: MACCROBAT marks only what is not.
     """
     every = corpus.examples
+    rows = np.array([i for i, span in enumerate(every.spans) if labels is None or span.label in labels])
+    chosen = every.rows(rows)
+    truth = np.array([span.attributes.get(axis) == value for span in chosen.spans])
     told = [
-        span.model_copy(update={"attributes": {axis: value if span.attributes.get(axis) == value else DEFAULTS[axis]}})
-        for span in every.spans
+        span.model_copy(update={"attributes": {axis: value if true else DEFAULTS[axis]}})
+        for span, true in zip(chosen.spans, truth, strict=True)
     ]
-    cut = folded(every._replace(spans=told), every.documents, FOLDS, seed)
-    return _said(corpus, cut, told, axis, value, seed, few)
-
-
-def _said(
-    corpus: Corpus, cut: list[Fold], told: list[Span], axis: str, value: str, seed: int = 0, few: int = 0
-) -> Said:
-    rows = np.array([i for i, span in enumerate(told) if axis in span.attributes])
-    said = {name: one[rows] for name, one in out_of_fold(cut, axis, seed, few).items()}
+    said = out_of_fold(folded(chosen._replace(spans=told), chosen.documents, 5, seed), axis, seed, few)
     for name in corpus.rivals[0]:
         said[name] = np.array([corpus.rivals[i][name].get(axis, DEFAULTS[axis]) for i in rows])
-    truth = np.array([told[i].attributes[axis] == value for i in rows])
-    return Said(
-        truth, {name: one == value for name, one in said.items()}, corpus.examples.documents[rows].tolist(), rows
-    )
-
-
-def told_all(notes: list[Note]) -> list[Note]:
-    """MACCROBAT's notes with all of ROWS told of each span that may have them."""
-
-    def told(span: Span) -> Span:
-        said = {
-            axis: value if span.attributes.get(axis) == value else DEFAULTS[axis]
-            for axis, value, labels in ROWS.values()
-            if span.label in labels
-        }
-        return span.model_copy(update={"attributes": said})
-
-    return [note.model_copy(update={"spans": [told(span) for span in note.spans]}) for note in notes]
-
-
-def of_maccrobat(corpus: Corpus, notes: list[Note], states: States | None, work: Path) -> dict[str, float]:
-    """All attributes on one cut into five folds, for each of which the models learn from the spans of the others."""
-    notes = told_all(notes)
-    told = [span for note in notes for span in note.spans]
-    every = corpus.examples._replace(spans=told)
-    cut = folded(every, every.documents, FOLDS, 0)
-    if states:
-        waiting = [str(number) for number in range(FOLDS) if not (work / f"tuned-{number}.npz").exists()]
-        command = [sys.executable, str(Path(BESIDE) / "concepts.py"), f"work={work}"]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            tune = lambda number: subprocess.run([*command, f"fold={number}"], env=one_thread, check=True)  # noqa: E731
-            list(pool.map(tune, waiting))
-        for number, fold in enumerate(cut):
-            with np.load(work / f"tuned-{number}.npz") as arrays:
-                known, asked = ({axis: {} for axis, *_ in ROWS.values()} for _ in range(2))
-                for name in arrays:
-                    part, axis, value = name.split("/")
-                    (known if part == "known" else asked)[axis][value] = arrays[name]
-            cut[number] = fold._replace(known=fold.known._replace(tuned=known), asked=fold.asked._replace(tuned=asked))
-    return {
-        f"maccrobat_{key}_f1": show(f"MACCROBAT, {value}", _said(corpus, cut, told, axis, value))
-        for key, (axis, value, _) in ROWS.items()
-    }
-
-
-def tune_fold(notes: list[Note], work: Path, number: int) -> None:
-    """What models say of a fold of MACCROBAT that learned from the spans of the others, and, of those, what models say
-    that learned from some of them, into `work`.
-    """
-    notes = told_all(notes)
-    models = open_models(str(work / "forward"), str(work / "backward"))
-    passes, begun = itertools.count(1), time.monotonic()
-    total = TUNE.epochs * (1 + PARTS)
-    say = lambda: print(f"fold {number}: pass {next(passes)} of {total}, {time.monotonic() - begun:.0f} s", flush=True)  # noqa: E731
-    every = Examples.of(notes)
-    fold = folded(every, every.documents, FOLDS, 0)[number]
-    tuner = Tuner(models, notes, TUNE, say)
-    asked, known = tuner.read(tuner.fit(fold.known.documents), fold.asked), tuner.crossed(fold.known)
-    arrays = {
-        f"{part}/{axis}/{value}": logs_N
-        for part, examples in (("known", known), ("asked", asked))
-        for axis, values in examples.tuned.items()
-        for value, logs_N in values.items()
-    }
-    unfinished = work / f"tuned-{number}.tmp.npz"
-    np.savez(unfinished, allow_pickle=False, **arrays)
-    unfinished.replace(work / f"tuned-{number}.npz")
+    return Said(truth, {name: one == value for name, one in said.items()}, chosen.documents.tolist(), rows)
 
 
 def f1(truth: np.ndarray, said: np.ndarray) -> float:
@@ -232,7 +150,7 @@ def mixed(corpus: Corpus, found: Said) -> float:
 
 def few_labels(corpus: Corpus) -> float:
     """Mean over draws of 200 mentions, in percent."""
-    draws = [compared(corpus, "negation", "negated", FEW, seed) for seed in range(DRAWS)]
+    draws = [compared(corpus, "negation", "negated", None, FEW, seed) for seed in range(DRAWS)]
     print(f"\nNegEx, {FEW} labels, mean of {DRAWS} draws")
     means = {}
     for name in draws[0].systems:
@@ -424,9 +342,7 @@ def main() -> None:
     data = Path(os.environ["CHARTLM_DATA"])
     negex = list(schema.read(str(data / "concepts/negex.jsonl")))
     maccrobat = list(schema.read(str(data / "concepts/maccrobat2020.jsonl")))
-    words = given({"work": "", "rivals": "", "fold": ""})
-    if words["fold"]:
-        return tune_fold(maccrobat, Path(words["work"]), int(words["fold"]))
+    words = given({"work": "", "rivals": ""})
     states = language_models(data, Path(words["work"])) if words["work"] else None
     line: dict[str, Any] = {}
     figures, tagger = of_sections(data, states, Path(words["work"]))
@@ -434,12 +350,18 @@ def main() -> None:
     line["lab_link_accuracy"] = lab_links(maccrobat)
     line["date_resolved"], line["date_resolved_without_age"] = dates_resolved(maccrobat)
     small, large = Corpus.of(negex, states, words["rivals"]), Corpus.of(maccrobat, states, words["rivals"])
-    found = compared(small, "negation", "negated")
+    found = compared(small, "negation", "negated", None)
     line["negex_f1"] = show("NegEx, negated", found)
     line["mixed_accuracy"] = mixed(small, found)
     line["negex_f1_200"] = few_labels(small)
-    line["negex_historical_f1"] = show("NegEx, historical", compared(small, "temporality", "historical"))
-    line |= of_maccrobat(large, maccrobat, states, Path(words["work"]))
+    line["negex_historical_f1"] = show("NegEx, historical", compared(small, "temporality", "historical", None))
+    for key, axis, value, labels in (
+        ("negation", "negation", "negated", EVENTS),
+        ("uncertainty", "certainty", "uncertain", EVENTS),
+        ("history", "temporality", "historical", FINDINGS | {"History"}),
+        ("family", "experiencer", "family", FINDINGS | {"Family_history"}),
+    ):
+        line[f"maccrobat_{key}_f1"] = show(f"MACCROBAT, {value}", compared(large, axis, value, labels))
     transfer(small, large)
     line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, Reader(Attributes.fit(large.examples), states, tagger))
     print(json.dumps(line))
