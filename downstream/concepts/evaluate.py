@@ -101,7 +101,7 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
     if cut[0].known.states_NP.shape[1]:
         learners["plain"] = Examples.without_states
 
-    def tested(fold: Fold) -> Said:
+    def said_of(fold: Fold) -> Said:
         known, asked = fold.known.having(name), fold.asked.having(name)
         if few:
             known = known.rows(np.sort(np.random.default_rng(seed).permutation(len(known.spans))[:few]))
@@ -118,7 +118,7 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
 
     said = {system: np.full(sum(len(fold.held) for fold in cut), "", object) for system in SYSTEMS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # liblinear lets others calculate meanwhile
-        for fold, values in zip(cut, pool.map(tested, cut), strict=True):
+        for fold, values in zip(cut, pool.map(said_of, cut), strict=True):
             held = fold.held[[name in span.attributes for span in fold.asked.spans]]
             for system, one in values.items():
                 said[system][held] = one

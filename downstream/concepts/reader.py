@@ -82,8 +82,7 @@ class Reader(NamedTuple):
                 raise DataError(
                     f"{place}: was learned with another checkpoint of {run}; finetune again, or bring it back"
                 )
-        states, tagger = States(models) if models else None, None
-        tuned, passages = None, None
+        states, tagger, tuned, passages = States(models) if models else None, None, None, None
         try:
             if states and f"{Tuned.PREFIX}.classes" in arrays:
                 tuned = Tuned.load(arrays, states.models)

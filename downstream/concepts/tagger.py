@@ -159,7 +159,9 @@ class SectionTagger:
         if not self.names:
             raise ValueError("the section tagger was not fitted")
         words = {name: list(seen.get_feature_names_out()) for name, seen in self._seen.items()}
-        said = json.dumps({"names": self.names, "sharpness": self._sharpness, "words": words}).encode()
+        said = json.dumps(
+            {"names": self.names, "sharpness": self._sharpness, "words": words, "tuned": self.tuned is not None}
+        ).encode()
         out = io.BytesIO()
         idf = {f"idf_{name}": seen.idf_.astype(np.float32) for name, seen in self._seen.items()}
         arrays = {"weights": self._weights, "mean": self._mean, "deviation": self._deviation, **idf}
@@ -184,6 +186,8 @@ class SectionTagger:
                     seen.idf_ = read[f"idf_{name}"]
         except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError("not a saved section tagger") from error
+        if said.get("tuned", False) != (tuned is not None):
+            raise ValueError("not a saved section tagger: the tuned models are not those that it was fitted with")
         if tuned and tuned.names != tagger.names:
             raise ValueError("not a saved section tagger: the models were tuned on other labels")
         known = sum(map(len, said["words"].values())) + len(tagger._mean)

@@ -20,8 +20,8 @@ MODELS: dict[str, Any] = {"awd-lstm": AwdLstm, "transformer-xl": TransformerXl}
 
 
 def settle_numbers() -> None:
-    """Takes numbers below the least normal one (1e-38 in single precision) for 0 in this thread and those it starts. Of
-    a trained Transformer-XL every tenth attention weight is one, and Intel's processors calculate with them so slowly
-    that a training step takes 1.6 times as long (docs/benchmarks.md). Every process that has a model calls it first.
+    """Takes numbers below the least normal one (1e-38 in single precision) for 0 in this thread and those it starts. In
+    the layers of a trained Transformer-XL up to every eighth attention weight is one, and Intel's processors calculate
+    with them so slowly that a step takes 1.6 times as long (docs/benchmarks.md). Who has a model calls it first.
     """
     torch.set_flush_denormal(True)

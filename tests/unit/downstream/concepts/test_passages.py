@@ -107,6 +107,12 @@ def test_the_tagger_hears_them_by_half() -> None:
         np.testing.assert_allclose(odds[1], (odds[0] + log_odds) / 2, atol=1e-3)
     with pytest.raises(ValueError, match="other labels"):
         SectionTagger(tuned=Sure(1)).fit(texts, ["a" if i % 2 else "b" for i in range(120)])
-    saved = SectionTagger().fit(texts, ["a" if i % 2 else "b" for i in range(120)]).save()
+    again = SectionTagger.load(both.save(), tuned=Sure(log_odds))
+    np.testing.assert_allclose(again.probabilities(asked), both.probabilities(asked), atol=1e-4)
+    for saved, tuned in ((alone.save(), Sure(1)), (both.save(), None)):
+        with pytest.raises(ValueError, match="not those that it was fitted with"):
+            SectionTagger.load(saved, tuned=tuned)
+    others = Sure(1)
+    others.names = ("a", "b")
     with pytest.raises(ValueError, match="other labels"):
-        SectionTagger.load(saved, tuned=Sure(1))
+        SectionTagger.load(both.save(), tuned=others)
