@@ -6,8 +6,9 @@ Every row of a table is of one run, on the same folds: `reader` is ours (rules, 
 two language models, one of which reads backwards), `plain` the same without them, `rules` ours without learning,
 `words` TF-IDF of the words beside the mention with logistic regression. The models are trained in `work`, an hour on
 two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. There they also
-learn from passages of known sections (`[tune] epochs=5`). `rivals` is the Python of an environment as
-concepts_rivals.py describes. F1 with 95% intervals over documents.
+learn from passages of known sections (`[tune] epochs=5`). For MACCROBAT the reader (and `plain`) also learns from
+NegEx and from what MTSamples' headings say of conditions, as `finetune beside=` does. `rivals` is the Python of an
+environment as concepts_rivals.py describes. F1 with 95% intervals over documents.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from downstream.work import open_models  # noqa: E402
 
 FINDINGS = {"Sign_symptom", "Disease_disorder"}
 EVENTS = FINDINGS | {"Diagnostic_procedure", "Medication", "Therapeutic_procedure", "Clinical_event"}
+TIMES = {"CURRENT": "current", "PAST": "historical"}
 TUNE = TuneConfig(epochs=5)
 NOTE_DATE = date(2015, 8, 2)  # the case reports have none
 FEW, DRAWS = 200, 5
@@ -67,11 +69,12 @@ SIZES = ("model.width=192", "model.heads=6", "model.inner=768", "model.drop=0.15
 
 
 class Corpus(NamedTuple):
-    """The spans of a corpus, flat, and in which sentence each is."""
+    """The spans of a corpus, flat, in which sentence each is, and those of other corpora that it is learned with."""
 
     examples: Examples
     sentences: list[tuple[str, int]]
     rivals: list[dict[str, dict[str, str]]]  # by mention what each system says
+    others: Examples | None = None
 
     @classmethod
     def of(cls, notes: list[Note], states: States | None, python: str) -> Corpus:
@@ -114,7 +117,8 @@ def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few
         span.model_copy(update={"attributes": {axis: value if true else DEFAULTS[axis]}})
         for span, true in zip(chosen.spans, truth, strict=True)
     ]
-    said = out_of_fold(folded(chosen._replace(spans=told), chosen.documents, 5, seed), axis, seed, few)
+    cut = folded(chosen._replace(spans=told), chosen.documents, 5, seed)
+    said = out_of_fold([fold._replace(others=corpus.others) for fold in cut], axis, seed, few)
     for name in corpus.rivals[0]:
         said[name] = np.array([corpus.rivals[i][name].get(axis, DEFAULTS[axis]) for i in rows])
     return Said(truth, {name: one == value for name, one in said.items()}, chosen.documents.tolist(), rows)
@@ -158,6 +162,20 @@ def few_labels(corpus: Corpus) -> float:
         means[name] = statistics.mean(all_f1)
         print(f"  {name:<8} F1 {means[name]:5.1f} ({min(all_f1):.1f} to {max(all_f1):.1f})")
     return round(means["reader"], 1)
+
+
+def from_headings(data: Path) -> list[Note]:
+    """The conditions of MTSamples, and what the heading above each says: PAST, FAMILY or CURRENT; a review of systems
+    only that it is of the patient.
+    """
+    notes = list(schema.read(str(data / "mtsamples/mention_status.jsonl")))
+    for note in notes:
+        for span in note.spans:
+            status = span.attributes.pop("status")
+            span.attributes["experiencer"] = "family" if status == "FAMILY" else "patient"
+            if status in TIMES:
+                span.attributes["temporality"] = TIMES[status]
+    return notes
 
 
 def transfer(negex: Corpus, maccrobat: Corpus) -> None:
@@ -355,6 +373,7 @@ def main() -> None:
     line["mixed_accuracy"] = mixed(small, found)
     line["negex_f1_200"] = few_labels(small)
     line["negex_historical_f1"] = show("NegEx, historical", compared(small, "temporality", "historical", None))
+    large = large._replace(others=Examples.of([*negex, *from_headings(data)], states))
     for key, axis, value, labels in (
         ("negation", "negation", "negated", EVENTS),
         ("uncertainty", "certainty", "uncertain", EVENTS),

@@ -1,13 +1,14 @@
 """What is said of a mention, learned: one logistic regression for each attribute, on its features (features.py).
 
 Attributes are learned from the spans that have them, so that corpora that label other things train together. With few
-labels the rules carry it; with many the words correct them.
+labels the rules carry it; with many the words correct them. Mentions of other corpora may be learned from besides: what
+is said of a disease there is written otherwise and annotated otherwise, so each counts little, as much as helps.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from downstream.metrics import Floats, Ints
 C = 1.0  # inverse regularization
 PARTS = 4  # of documents, for the offsets and the scale
 SCALES = (0.0, 1.0, 3.0)  # of the states
+WEIGHTS = (0.03, 0.1)  # of a mention of other corpora
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what tuned models say, beside the regression
 TIE = 0.005  # macro-F1
 OFFSETS = np.linspace(-2, 4, 25)
@@ -30,6 +32,21 @@ LEAST = -20.0  # log-probability
 FEW = 5  # mentions of a label; of one with fewer nothing is concluded
 SAYS = 0.95  # of a label's mentions have another value than most: it says the value itself; some are annotated wrongly
 ARRAYS = ("rows", "weights", "states", "bias", "offsets", "share")
+
+
+class _Rows(NamedTuple):
+    """What a regression is fitted to."""
+
+    words: sparse.csr_matrix
+    states_NP: Floats
+    truth_N: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Examples, name: str, kinds: bool) -> _Rows:
+        return cls(_words(examples, kinds), examples.states_NP, _truth(examples, name))
+
+    def at(self, places: Ints) -> _Rows:
+        return _Rows(*(one[places] for one in self))
 
 
 class Regression(NamedTuple):
@@ -46,44 +63,58 @@ class Regression(NamedTuple):
     share: float = 0.0
 
     @classmethod
-    def fit(cls, examples: Examples, truth: np.ndarray, kinds: bool, name: str) -> Regression:
+    def fit(cls, examples: Examples, name: str, kinds: bool, others: Examples | None = None) -> Regression:
         """How much the states count, and the offsets, are those of the best macro-F1 on the documents that were left
-        out in turn. Tuned models count as much as finds the truth there the likeliest, if macro-F1 is higher with them.
+        out in turn. Mentions of other corpora, and tuned models, count as much as finds the truth there the likeliest,
+        if macro-F1 is higher with them.
         """
-        classes, places_N = np.unique(truth, return_inverse=True)
-        tried, seen = [], np.zeros(len(truth), bool)
-        for scale in SCALES if examples.states_NP.shape[1] else (0.0,):
-            log_NK = np.zeros((len(truth), len(classes)))
-            if len(set(examples.documents)) >= PARTS:
-                for rows, held in GroupKFold(PARTS).split(truth, truth, examples.documents):
-                    if len(set(truth[rows])) == len(classes):
-                        one = cls._scaled(examples.rows(rows), truth[rows], kinds, scale)
-                        log_NK[held] = one.logs(examples.rows(held))
-                        seen[held] = True
-            tried.append((scale, log_NK, _offsets(log_NK[seen], places_N[seen])[1]))
+        known, beside = _Rows.of(examples, name, kinds), _Rows.of(others, name, kinds) if others else None
+        classes, places_N = np.unique(known.truth_N, return_inverse=True)
+        parts = _parts(known.truth_N, examples.documents)
+        seen = np.concatenate([np.zeros(0, int), *(held for _, held in parts)])
+        truth_N = places_N[seen]
+
+        def left_out(scale: float, weight: float) -> Floats:
+            logs_NK = [np.zeros((0, len(classes)))]
+            for rows, held in parts:
+                asked = known.at(held)
+                logs_NK.append(
+                    cls._fitted(kinds, known.at(rows), scale, beside, weight)._logs(asked.words, asked.states_NP)
+                )
+            return np.concatenate(logs_NK)
+
+        tried = {scale: left_out(scale, 0.0) for scale in (SCALES if known.states_NP.shape[1] else SCALES[:1])}
+        scores = {scale: _offsets(logs_NK, truth_N)[1] for scale, logs_NK in tried.items()}
         # Of nearly equal ones the least: with few mentions of a value the differences are chance.
-        enough = max(score for *_, score in tried) - TIE
-        scale, log_NK, _ = next(one for one in tried if one[-1] >= enough)
+        scale = next(one for one in tried if scores[one] >= max(scores.values()) - TIE)
+        weighed = {0.0: tried[scale]}
+        if beside:
+            weighed |= {weight: left_out(scale, weight) for weight in WEIGHTS}
+        weight = _likeliest(weighed, truth_N)
         tuned_NK = _columns(examples, name, classes)
-        shares = (0.0,) if tuned_NK is None else SHARES
-        mixed = {share: _mixed(log_NK, tuned_NK, share)[seen] for share in shares}
-        # One of several F1 is the highest by chance: it counts few mentions, the likelihood all of them.
-        likeliest = max(shares, key=lambda one: mixed[one][np.arange(seen.sum()), places_N[seen]].sum())
-        found = {share: _offsets(mixed[share], places_N[seen]) for share in (shares[0], likeliest)}
-        share = max(found, key=lambda one: found[one][1])
-        offsets_K = found[share][0]
-        return cls._scaled(examples, truth, kinds, scale)._replace(offsets_K=offsets_K, share=share)
+        shares = SHARES[:1] if tuned_NK is None else SHARES
+        mixed = {
+            share: _mixed(weighed[weight], None if tuned_NK is None else tuned_NK[seen], share) for share in shares
+        }
+        share = _likeliest(mixed, truth_N)
+        fitted = cls._fitted(kinds, known, scale, beside, weight)
+        return fitted._replace(offsets_K=_offsets(mixed[share], truth_N)[0], share=share)
 
     @classmethod
-    def _scaled(cls, examples: Examples, truth: np.ndarray, kinds: bool, scale: float) -> Regression:
-        words, states_NP = examples.words + examples.kinds if kinds else examples.words, examples.states_NP
-        mean_P, spread_P = np.zeros(states_NP.shape[1]), np.ones(states_NP.shape[1])
+    def _fitted(cls, kinds: bool, known: _Rows, scale: float, others: _Rows | None, weight: float) -> Regression:
+        learned = [known, others] if others and weight else [known]
+        words = sparse.vstack([one.words for one in learned]).tocsr()
+        width = known.states_NP.shape[1]
+        mean_P, spread_P = np.zeros(width), np.ones(width)
         if scale:
-            mean_P, spread_P = states_NP.mean(0), (states_NP.std(0) + 1e-6) * states_NP.shape[1] ** 0.5 / scale
-            words = sparse.hstack([words, sparse.csr_matrix((states_NP - mean_P) / spread_P)]).tocsr()
-        used = {"solver": "liblinear"} if len(set(truth)) == 2 else {}  # ten times as fast, of two classes only
-        one = LogisticRegression(C=C, max_iter=400, **used).fit(words, truth)
-        weights_BK, states_PK = one.coef_.T[:BUCKETS], np.zeros((states_NP.shape[1], len(one.coef_)))
+            mean_P, spread_P = known.states_NP.mean(0), (known.states_NP.std(0) + 1e-6) * width**0.5 / scale
+            states_NP = np.concatenate([(one.states_NP - mean_P) / spread_P for one in learned])
+            words = sparse.hstack([words, sparse.csr_matrix(states_NP)]).tocsr()
+        truth_N = np.concatenate([one.truth_N for one in learned])
+        counts_N = np.repeat([1.0, weight][: len(learned)], [len(one.truth_N) for one in learned])
+        used = {"solver": "liblinear"} if len(set(truth_N)) == 2 else {}  # ten times as fast, of two classes only
+        one = LogisticRegression(C=C, max_iter=400, **used).fit(words, truth_N, counts_N)
+        weights_BK, states_PK = one.coef_.T[:BUCKETS], np.zeros((width, len(one.coef_)))
         if scale:
             states_PK = one.coef_.T[BUCKETS:] / spread_P[:, None]
         bias_K = one.intercept_ - mean_P @ states_PK
@@ -91,12 +122,39 @@ class Regression(NamedTuple):
 
     def logs(self, examples: Examples) -> Floats:
         """Log-probabilities [N, classes] without tuned models, none below -20."""
-        words = examples.words + examples.kinds if self.kinds else examples.words
-        scores = np.asarray(words @ self.weights_BK) + examples.states_NP @ self.states_PK + self.bias_K
+        return self._logs(_words(examples, self.kinds), examples.states_NP)
+
+    def _logs(self, words: sparse.csr_matrix, states_NP: Floats) -> Floats:
+        scores = np.asarray(words @ self.weights_BK) + states_NP @ self.states_PK + self.bias_K
         if scores.shape[1] == 1:
             scores = np.concatenate([np.zeros_like(scores), scores], 1)
         logs: Floats = np.maximum(scores - logsumexp(scores, 1, keepdims=True), LEAST)
         return logs
+
+
+def _words(examples: Examples, kinds: bool) -> sparse.csr_matrix:
+    return examples.words + examples.kinds if kinds else examples.words
+
+
+def _truth(examples: Examples, name: str) -> np.ndarray:
+    return np.array([span.attributes[name] for span in examples.spans])
+
+
+def _parts(truth_N: np.ndarray, documents: np.ndarray) -> list[tuple[Ints, Ints]]:
+    """Mentions to learn from and to leave out, by document; none where the documents are few."""
+    if len(set(documents)) < PARTS:
+        return []
+    parts = GroupKFold(PARTS).split(truth_N, truth_N, documents)
+    return [(rows, held) for rows, held in parts if len(set(truth_N[rows])) == len(set(truth_N))]
+
+
+def _likeliest(tried: Mapping[float, Floats], truth_N: Ints) -> float:
+    """Of log-probabilities [N, classes] those that find the truth the likeliest, where their macro-F1 is above that of
+    the first: one of several F1 is the highest by chance, as it counts few mentions, and the likelihood all of them.
+    """
+    first = next(iter(tried))
+    found = max(tried, key=lambda one: tried[one][np.arange(len(truth_N)), truth_N].sum())
+    return max((first, found), key=lambda one: _offsets(tried[one], truth_N)[1])
 
 
 def _columns(examples: Examples, name: str, classes: Iterable[str]) -> Floats | None:
@@ -127,12 +185,20 @@ class Attribute(NamedTuple):
     labels: frozenset[str] = frozenset()
 
     @classmethod
-    def fit(cls, examples: Examples, name: str) -> Attribute:
-        """Learned from the examples that have the attribute, of at least two values."""
-        truth = np.array([span.attributes[name] for span in examples.spans])
-        found = cls(tuple(map(str, np.unique(truth))), Regression.fit(examples, truth, False, name))
+    def fit(cls, examples: Examples, name: str, others: Examples | None = None) -> Attribute:
+        """Learned from the examples, which all have the attribute, of at least two values, and from those of others
+        that have one of these values.
+        """
+        truth = _truth(examples, name)
+        classes = tuple(map(str, np.unique(truth)))
+        if others:
+            places = [i for i, span in enumerate(others.spans) if span.attributes.get(name) in classes]
+            others = others.rows(np.array(places)) if places else None
+        found = cls(classes, Regression.fit(examples, name, False, others))
         labels = _labels_that_help(examples, truth)
-        return found._replace(told=Regression.fit(examples, truth, True, name), labels=labels) if labels else found
+        if not labels:
+            return found
+        return found._replace(told=Regression.fit(examples, name, True, others), labels=labels)
 
     def __call__(self, examples: Examples, name: str) -> tuple[Floats, Ints]:
         """Log-probabilities [N, classes], and of each mention the place in `classes` of the chosen value."""
@@ -187,13 +253,13 @@ class Attributes:
         self.learned = learned
 
     @classmethod
-    def fit(cls, examples: Examples) -> Attributes:
-        """One for each attribute of which two values occur; others are left to the rules."""
+    def fit(cls, examples: Examples, others: Examples | None = None) -> Attributes:
+        """One for each attribute of which two values occur in the examples; other attributes are left to the rules."""
         found = {}
         for name in sorted({name for span in examples.spans for name in span.attributes}):
             having = examples.having(name)
             if len({span.attributes[name] for span in having.spans}) > 1:
-                found[name] = Attribute.fit(having, name)
+                found[name] = Attribute.fit(having, name, others)
         return cls(found)
 
     def __call__(self, examples: Examples) -> list[tuple[dict[str, str], dict[str, float]]]:

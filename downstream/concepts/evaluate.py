@@ -39,11 +39,12 @@ Said = dict[str, np.ndarray]
 
 
 class Fold(NamedTuple):
-    """Mentions to learn from, those that are asked, and which of all the latter are."""
+    """Mentions to learn from, those that are asked, which of all the latter are, and those of other corpora."""
 
     known: Examples
     asked: Examples
     held: Ints
+    others: Examples | None = None
 
 
 def folded(examples: Examples, groups: np.ndarray, folds: int, seed: int, tuner: Tuner | None = None) -> list[Fold]:
@@ -66,9 +67,16 @@ def folded(examples: Examples, groups: np.ndarray, folds: int, seed: int, tuner:
 
 
 def tested(
-    examples: Examples, groups: Mapping[str, str], folds: int, seed: int, tuner: Tuner | None
+    examples: Examples,
+    groups: Mapping[str, str],
+    folds: int,
+    seed: int,
+    tuner: Tuner | None,
+    others: Examples | None,
 ) -> dict[str, dict[str, Any]]:
-    """By "attribute:value" and system precision, recall and F1; for the others the reader's F1 beyond theirs."""
+    """By "attribute:value" and system precision, recall and F1; for other systems the reader's F1 beyond theirs. From
+    `others`, mentions of other corpora, is learned in every fold.
+    """
     names = []
     for name in sorted({name for span in examples.spans for name in span.attributes}):
         having = examples.having(name)
@@ -79,6 +87,7 @@ def tested(
         else:
             names.append(name)
     cut = folded(examples, np.array([groups[document] for document in examples.documents]), folds, seed, tuner)
+    cut = [fold._replace(others=others) for fold in cut]
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         rows = [i for i, span in enumerate(examples.spans) if name in span.attributes]
@@ -111,7 +120,7 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
             values = dict.fromkeys((*learners, "words"), np.full(len(asked.spans), truth[0] if len(truth) else ""))
         else:
             for system, told in learners.items():
-                attribute = Attribute.fit(told(known), name)
+                attribute = Attribute.fit(told(known), name, told(fold.others) if fold.others else None)
                 values[system] = np.array(attribute.classes)[attribute(told(asked), name)[1]]
             values["words"] = _tfidf(known.beside, truth, asked.beside)
         return values | {"rules": np.array([mention.rules.get(name, "") for mention in asked.mentions])}

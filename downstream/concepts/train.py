@@ -57,6 +57,9 @@ class ConceptsRecipe(Section):
     task: ConceptsTask = ConceptsTask()
     corpus: Place = Field(description="annotated notes; * stands for several files")
     format: Format = Field("jsonl", description="of the annotated notes")
+    beside: Place | None = Field(
+        None, description="annotated notes of other kinds, learned from as far as it helps, never tested; as `corpus`"
+    )
     skip_bad: bool = Field(False, description="annotated notes that are wrong are left out and counted")
     run: Place | None = Field(None, description="run directory of a pretrained language model")
     backward: Place | None = Field(None, description="run of one that reads backwards; both are read")
@@ -83,15 +86,23 @@ def main(args: list[str]) -> None:
         raise ConfigError("out: is needed; say where the reader goes")
     models = open_models(recipe.run, recipe.backward) if recipe.run else []
     out = recipe.out or storage.join(recipe.run or "", "finetune", recipe.task.name)
-    notes = _notes(recipe)
+    notes = _notes(recipe, recipe.corpus)
+    if not any(len(values) > 1 for values in _values(notes).values()):
+        raise DataError(f"{recipe.corpus}: no attribute has two values, so there is nothing to learn")
+    others = _notes(recipe, recipe.beside) if recipe.beside else []
+    _check_unseen(notes, [] if recipe.others else models)
+    if recipe.beside:
+        _check_apart(recipe.beside, notes, others)
     about = {"notes": config.fingerprint([note.record() for note in notes])}
+    if others:
+        about["beside"] = config.fingerprint([note.record() for note in others])
     if not enter(out, recipe, models, about):
         logs.say(f"{out}: finished before with this recipe and these notes; nothing left to do")
         return
-    _check_unseen(notes, [] if recipe.others else models)
     states = States(models) if models else None
-    with logs.progress("reading annotated notes", len(notes)) as advance:
+    with logs.progress("reading annotated notes", len(notes) + len(others)) as advance:
         examples = Examples.of(notes, states, advance)
+        beside = Examples.of(others, states, lambda done, rate: advance(len(notes) + done, rate)) if others else None
     _show_counts(examples)
     groups, tuned = _groups(notes), None
     if recipe.tune.epochs and states:
@@ -99,11 +110,11 @@ def main(args: list[str]) -> None:
         passes, passed = recipe.tune.epochs * (PARTS + 1) * (recipe.folds + 1), itertools.count(1)
         with logs.progress("tuning the models", passes) as advance:
             tuner = Tuner(states.models, notes, recipe.tune, lambda: advance(next(passed), ""))
-            results = tested(examples, groups, recipe.folds, recipe.seed, tuner)
+            results = tested(examples, groups, recipe.folds, recipe.seed, tuner, beside)
             tuned, examples = tuner.fit(examples.documents), tuner.crossed(examples)
     else:
-        results = tested(examples, groups, recipe.folds, recipe.seed, None)
-    attributes = Attributes.fit(examples)
+        results = tested(examples, groups, recipe.folds, recipe.seed, None, beside)
+    attributes = Attributes.fit(examples, beside)
     if tuned and not attributes.hear_tuned():
         logs.say("the tuned models add nothing to the words and states; they are not kept")
         tuned = None
@@ -116,12 +127,9 @@ def main(args: list[str]) -> None:
     logs.say(f"reader and results in {out}")
 
 
-def _notes(recipe: ConceptsRecipe) -> list[Note]:
-    urls = storage.expand(recipe.corpus) if "*" in recipe.corpus else [recipe.corpus]  # BRAT's is a folder
-    notes = [note for url in urls for note in formats.read(url, recipe.format, recipe.skip_bad)]
-    if not any(len(values) > 1 for values in _values(notes).values()):
-        raise DataError(f"{recipe.corpus}: no attribute has two values, so there is nothing to learn")
-    return notes
+def _notes(recipe: ConceptsRecipe, place: str) -> list[Note]:
+    urls = storage.expand(place) if "*" in place else [place]  # BRAT's is a folder
+    return [note for url in urls for note in formats.read(url, recipe.format, recipe.skip_bad)]
 
 
 def _values(notes: Sequence[Note]) -> dict[str, set[str]]:
@@ -142,6 +150,25 @@ def _check_unseen(notes: Sequence[Note], models: Sequence[Trained]) -> None:
                 f"{trained.run}: has read {len(known):,} of the patients of the annotated notes, such as {known[0]}; "
                 "pretrain without them, or set others=true where the same ids are other people"
             )
+
+
+def _check_apart(beside: str, notes: Sequence[Note], others: Sequence[Note]) -> None:
+    """Raises DataError where what is learned from besides would tell of what is tested, or tells nothing."""
+    names = _values(notes).keys()
+    if not names & _values(others).keys():
+        raise DataError(f"{beside}: no mention has an attribute of the annotated notes ({', '.join(sorted(names))})")
+    patients = {note.patient_id for note in notes if note.patient_id}
+    if known := [note for note in others if note.patient_id in patients]:
+        raise DataError(
+            f"{beside}: {len(known):,} notes are of patients of the annotated notes, such as {known[0].patient_id}; "
+            "take them out, or add them to corpus"
+        )
+    texts = [note.text for note in (*notes, *others)]
+    if same := sorted({a for a, b in alike(texts) if a >= len(notes) > b}):
+        raise DataError(
+            f"{beside}: {len(same):,} notes are nearly the same as an annotated one, such as "
+            f"{others[same[0] - len(notes)].doc_id}; take them out, or add them to corpus"
+        )
 
 
 def _groups(notes: Sequence[Note]) -> dict[str, str]:

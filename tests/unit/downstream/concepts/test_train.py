@@ -17,7 +17,7 @@ from cluster import config
 from cluster.errors import ConfigError, DataError, StorageError
 from downstream import finetune, work
 from downstream.concepts import annotate, attributes, reader, schema, train
-from downstream.concepts.attributes import Attributes
+from downstream.concepts.attributes import Attribute, Attributes
 from downstream.concepts.evaluate import folded, out_of_fold
 from downstream.concepts.features import Examples
 from downstream.concepts.schema import Note
@@ -229,6 +229,67 @@ def test_what_cannot_be_learned_is_refused(folder: Path) -> None:
         learned(folder, f"corpus={folder}/known.jsonl", "run=run")
     with pytest.raises(DataError, match="negation: only 1 documents have it"):
         learned(folder, f"corpus={folder}/known.jsonl", "run=run", "others=true", f"out={folder}/other")
+
+
+def puzzling(count: int, name: str) -> list[Note]:
+    """Notes of sixty words, each of which denies or affirms: each by itself tells nothing of another word."""
+    made = []
+    for i, note in enumerate(toy(count)):
+        word = f"{'kilo' if i % 2 else 'lima'}{i % 60}x"
+        begin = note.text.index("fever")
+        note.text, moved = f"{word} {note.text[begin:]}", len(word) + 1 - begin
+        span = note.spans[0]
+        span.start, span.end = span.start + moved, span.end + moved
+        note.doc_id, note.patient_id = f"{name}{i}", f"{name}{i}"
+        made.append(note)
+    return made
+
+
+def test_other_corpora_are_learned_from_as_far_as_they_help(folder: Path) -> None:
+    """Each word stands in one annotated note only, so that what it says is known from the other notes, if at all."""
+    schema.write(f"{folder}/puzzle.jsonl", puzzling(60, "n"))
+    schema.write(f"{folder}/beside.jsonl", puzzling(1200, "b"))
+    corpus = f"corpus={folder}/puzzle.jsonl"
+    alone = learned(folder, corpus)["values"]["negation:negated"]["reader"]  # type: ignore[index]
+    shutil.rmtree(folder / "reader")
+    found = learned(folder, corpus, f"beside={folder}/beside.jsonl")
+    values = found["values"]["negation:negated"]  # type: ignore[index]
+    assert values["reader"]["f1"] == 1 > 0.8 > alone["f1"]
+    assert values["reader"]["n"] == 30  # negated; nothing else is tested
+    assert found["beside"] == config.fingerprint([note.record() for note in puzzling(1200, "b")])
+    schema.write(f"{folder}/beside.jsonl", puzzling(1260, "b"))
+    with pytest.raises(ConfigError, match="belongs to other settings"):
+        learned(folder, corpus, f"beside={folder}/beside.jsonl")
+
+
+def test_what_other_corpora_say_wrongly_is_not_heard() -> None:
+    notes = Examples.of(toy(80))
+    wrong = [note.model_copy(deep=True) for note in toy(400)]
+    for i, note in enumerate(wrong):
+        note.spans[0].attributes["negation"] = ("negated", "affirmed", "possible")[i % 3]
+    one = Attribute.fit(notes, "negation")
+    for others in (Examples.of(wrong), Examples.of(wrong).rows(np.arange(0))):
+        other = Attribute.fit(notes, "negation", others)
+        assert one.classes == other.classes
+        assert (one.general.weights_BK == other.general.weights_BK).all()
+
+
+def test_what_would_tell_of_the_tested_notes_is_refused_beside_them(folder: Path) -> None:
+    beside = f"beside={folder}/beside.jsonl"
+    bare = [note.model_copy(update={"spans": []}) for note in puzzling(4, "b")]
+    schema.write(f"{folder}/beside.jsonl", bare)
+    with pytest.raises(DataError, match=r"beside\.jsonl: no mention has an attribute .* \(negation\)"):
+        learned(folder, beside)
+    schema.write(f"{folder}/beside.jsonl", [*puzzling(4, "b"), *toy(2)])
+    with pytest.raises(DataError, match=r"2 notes are of patients of the annotated notes, such as p0"):
+        learned(folder, beside)
+    text = " ".join(f"word{i}" for i in range(100))
+    one = Note(doc_id="a", text=text)
+    copy = [*puzzling(4, "b"), Note(doc_id="copy", text=f"{text} more")]
+    schema.write(f"{folder}/gold-1.jsonl", [*toy(30), one])
+    schema.write(f"{folder}/beside.jsonl", copy)
+    with pytest.raises(DataError, match=r"1 notes are nearly the same as an annotated one, such as copy"):
+        learned(folder, beside)
 
 
 def test_notes_that_are_nearly_the_same_are_not_parted() -> None:
