@@ -77,10 +77,8 @@ class Regression(NamedTuple):
         def left_out(scale: float, weight: float) -> Floats:
             logs_NK = [np.zeros((0, len(classes)))]
             for rows, held in parts:
-                asked = known.at(held)
-                logs_NK.append(
-                    cls._fitted(kinds, known.at(rows), scale, beside, weight)._logs(asked.words, asked.states_NP)
-                )
+                fitted, asked = cls._fitted(kinds, known.at(rows), scale, beside, weight), known.at(held)
+                logs_NK.append(fitted._logs(asked.words, asked.states_NP))
             return np.concatenate(logs_NK)
 
         tried = {scale: left_out(scale, 0.0) for scale in (SCALES if known.states_NP.shape[1] else SCALES[:1])}
@@ -92,10 +90,9 @@ class Regression(NamedTuple):
             weighed |= {weight: left_out(scale, weight) for weight in WEIGHTS}
         weight = _likeliest(weighed, truth_N)
         tuned_NK = _columns(examples, name, classes)
-        shares = SHARES[:1] if tuned_NK is None else SHARES
-        mixed = {
-            share: _mixed(weighed[weight], None if tuned_NK is None else tuned_NK[seen], share) for share in shares
-        }
+        mixed = {0.0: weighed[weight]}
+        if tuned_NK is not None:
+            mixed = {share: _mixed(weighed[weight], tuned_NK[seen], share) for share in SHARES}
         share = _likeliest(mixed, truth_N)
         fitted = cls._fitted(kinds, known, scale, beside, weight)
         return fitted._replace(offsets_K=_offsets(mixed[share], truth_N)[0], share=share)

@@ -2,7 +2,7 @@
 
 reader   all that the recipe gives       rules   ConText's, nothing learned
 untuned  models that learned no spans    words   TF-IDF of the words beside the mention with logistic regression
-plain    without the language model
+plain    without the language model      alone   nothing learned from other corpora
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from downstream.metrics import Ints
 SYSTEMS = {
     "reader": "reader",
     "untuned": "models not tuned",
+    "alone": "nothing beside",
     "plain": "no language model",
     "rules": "rules",
     "words": "TF-IDF beside it",
@@ -107,6 +108,8 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
     learners: dict[str, Callable[[Examples], Examples]] = {"reader": lambda every: every}
     if cut[0].known.tuned:
         learners["untuned"] = lambda every: every._replace(tuned={})
+    if cut[0].others:
+        learners["alone"] = lambda every: every
     if cut[0].known.states_NP.shape[1]:
         learners["plain"] = Examples.without_states
 
@@ -120,7 +123,8 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
             values = dict.fromkeys((*learners, "words"), np.full(len(asked.spans), truth[0] if len(truth) else ""))
         else:
             for system, told in learners.items():
-                attribute = Attribute.fit(told(known), name, told(fold.others) if fold.others else None)
+                others = told(fold.others) if fold.others and system != "alone" else None
+                attribute = Attribute.fit(told(known), name, others)
                 values[system] = np.array(attribute.classes)[attribute(told(asked), name)[1]]
             values["words"] = _tfidf(known.beside, truth, asked.beside)
         return values | {"rules": np.array([mention.rules.get(name, "") for mention in asked.mentions])}
