@@ -117,8 +117,8 @@ def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few
         span.model_copy(update={"attributes": {axis: value if true else DEFAULTS[axis]}})
         for span, true in zip(chosen.spans, truth, strict=True)
     ]
-    cut = folded(chosen._replace(spans=told), chosen.documents, 5, seed)
-    said = out_of_fold([fold._replace(others=corpus.others) for fold in cut], axis, seed, few)
+    cut = folded(chosen._replace(spans=told), chosen.documents, 5, seed, None, corpus.others)
+    said = out_of_fold(cut, axis, seed, few)
     for name in corpus.rivals[0]:
         said[name] = np.array([corpus.rivals[i][name].get(axis, DEFAULTS[axis]) for i in rows])
     return Said(truth, {name: one == value for name, one in said.items()}, chosen.documents.tolist(), rows)

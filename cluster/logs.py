@@ -77,17 +77,23 @@ def progress(label: str, total: float) -> Iterator[Advance]:
             yield move
         return
     started = spoken = time.monotonic()
-    first: tuple[float, float] | None = None  # when work was first seen, and how much was done by then
+    # When work was first seen and how much was done by then, and the same of when it last moved: whoever calls often
+    # brings the same amount again.
+    first: tuple[float, float] | None = None
+    moved = (0.0, 0.0)
     last = ""
 
     def advance(done: float, note: str = "") -> None:
-        nonlocal spoken, first, last
+        nonlocal spoken, first, moved, last
         now, last = time.monotonic(), note
         first = first or (now, done)
-        if now - spoken >= _plain_every and done > first[1]:
+        if done > max(first[1], moved[1]):
+            moved = now, done
+        if now - spoken >= _plain_every and moved[1] > first[1]:
             spoken = now
-            left = (now - first[0]) * (total - done) / (done - first[1])
-            say(f"{label}: {100 * done / total:.0f}% {note}, {left:.0f} s left")
+            whole = (moved[0] - first[0]) * (total - moved[1]) / (moved[1] - first[1])
+            left = max(0.0, whole - (now - moved[0]))
+            say(" ".join(filter(None, (f"{label}: {100 * done / total:.0f}%", note))) + f", {left:.0f} s left")
 
     how = "stopped after"
     try:

@@ -8,7 +8,9 @@ is said of a disease there is written otherwise and annotated otherwise, so each
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +103,8 @@ class Regression(NamedTuple):
     def _fitted(cls, kinds: bool, known: _Rows, scale: float, others: _Rows | None, weight: float) -> Regression:
         learned = [known, others] if others and weight else [known]
         words = sparse.vstack([one.words for one in learned]).tocsr()
+        used_U = np.unique(words.indices)  # the other buckets weigh nothing, and solvers are slow with them
+        words = words[:, used_U]
         width = known.states_NP.shape[1]
         mean_P, spread_P = np.zeros(width), np.ones(width)
         if scale:
@@ -109,11 +113,12 @@ class Regression(NamedTuple):
             words = sparse.hstack([words, sparse.csr_matrix(states_NP)]).tocsr()
         truth_N = np.concatenate([one.truth_N for one in learned])
         counts_N = np.repeat([1.0, weight][: len(learned)], [len(one.truth_N) for one in learned])
-        used = {"solver": "liblinear"} if len(set(truth_N)) == 2 else {}  # ten times as fast, of two classes only
-        one = LogisticRegression(C=C, max_iter=400, **used).fit(words, truth_N, counts_N)
-        weights_BK, states_PK = one.coef_.T[:BUCKETS], np.zeros((width, len(one.coef_)))
+        solver = "liblinear" if len(set(truth_N)) == 2 else "lbfgs"  # the former is faster, of two classes only
+        one = LogisticRegression(C=C, max_iter=400, solver=solver).fit(words, truth_N, counts_N)
+        weights_BK, states_PK = np.zeros((BUCKETS, len(one.coef_))), np.zeros((width, len(one.coef_)))
+        weights_BK[used_U] = one.coef_.T[: len(used_U)]
         if scale:
-            states_PK = one.coef_.T[BUCKETS:] / spread_P[:, None]
+            states_PK = one.coef_.T[len(used_U) :] / spread_P[:, None]
         bias_K = one.intercept_ - mean_P @ states_PK
         return cls(kinds, weights_BK, states_PK, bias_K, np.zeros(len(one.classes_)))
 
@@ -250,13 +255,23 @@ class Attributes:
         self.learned = learned
 
     @classmethod
-    def fit(cls, examples: Examples, others: Examples | None = None) -> Attributes:
-        """One for each attribute of which two values occur in the examples; other attributes are left to the rules."""
+    def fit(
+        cls, examples: Examples, others: Examples | None = None, passed: Callable[[str], None] | None = None
+    ) -> Attributes:
+        """One for each attribute of which two values occur in the examples; other attributes are left to the rules.
+        `passed` hears the name of each that is learned.
+        """
+        havings = {
+            name: examples.having(name)
+            for name in sorted({name for span in examples.spans for name in span.attributes})
+        }
+        names = [name for name, having in havings.items() if len({span.attributes[name] for span in having.spans}) > 1]
         found = {}
-        for name in sorted({name for span in examples.spans for name in span.attributes}):
-            having = examples.having(name)
-            if len({span.attributes[name] for span in having.spans}) > 1:
-                found[name] = Attribute.fit(having, name, others)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # solvers let others calculate meanwhile
+            for name, one in zip(names, pool.map(lambda n: Attribute.fit(havings[n], n, others), names), strict=True):
+                found[name] = one
+                if passed:
+                    passed(name)
         return cls(found)
 
     def __call__(self, examples: Examples) -> list[tuple[dict[str, str], dict[str, float]]]:

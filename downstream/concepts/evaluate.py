@@ -48,9 +48,32 @@ class Fold(NamedTuple):
     others: Examples | None = None
 
 
-def folded(examples: Examples, groups: np.ndarray, folds: int, seed: int, tuner: Tuner | None = None) -> list[Fold]:
+def asked_about(examples: Examples, groups: np.ndarray, folds: int) -> list[str]:
+    """The attributes of which there is something to learn. Raises DataError where one is in too few groups to fold."""
+    names = []
+    for name in sorted({name for span in examples.spans for name in span.attributes}):
+        having = np.array([name in span.attributes for span in examples.spans])
+        values = {span.attributes[name] for span in examples.spans if name in span.attributes}
+        if len(values) < 2:
+            logs.say(f"{name}: all {having.sum():,} mentions are {values.pop()}; left to the rules")
+        elif (count := len(set(groups[having]))) < folds:
+            raise DataError(f"{name}: only {count} documents have it, too few for folds={folds}")
+        else:
+            names.append(name)
+    return names
+
+
+def folded(
+    examples: Examples,
+    groups: np.ndarray,
+    folds: int,
+    seed: int,
+    tuner: Tuner | None = None,
+    others: Examples | None = None,
+) -> list[Fold]:
     """Every mention asked once, in a fold without its group; values as evenly as groups allow. With a tuner (the
-    mentions are all of its notes) models are tuned for every fold.
+    mentions are all of its notes) models are tuned for every fold. From `others`, mentions of other corpora, is learned
+    in every fold.
     """
     values = np.array(["|".join(f"{k}={v}" for k, v in sorted(span.attributes.items())) for span in examples.spans])
     cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -63,37 +86,21 @@ def folded(examples: Examples, groups: np.ndarray, folds: int, seed: int, tuner:
         if tuner:
             asked = tuner.read(tuner.fit(known.documents), asked)
             known = tuner.crossed(known)
-        found.append(Fold(known, asked, held))
+        found.append(Fold(known, asked, held, others))
     return found
 
 
 def tested(
-    examples: Examples,
-    groups: Mapping[str, str],
-    folds: int,
-    seed: int,
-    tuner: Tuner | None,
-    others: Examples | None,
+    names: Sequence[str], examples: Examples, cut: Sequence[Fold], passed: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """By "attribute:value" and system precision, recall and F1; for other systems the reader's F1 beyond theirs. From
-    `others`, mentions of other corpora, is learned in every fold.
+    """By "attribute:value" and system precision, recall and F1; for other systems the reader's F1 beyond theirs.
+    `passed` hears the attribute of every fold that is done.
     """
-    names = []
-    for name in sorted({name for span in examples.spans for name in span.attributes}):
-        having = examples.having(name)
-        if len(values := {span.attributes[name] for span in having.spans}) < 2:
-            logs.say(f"{name}: all {len(having.spans):,} mentions are {values.pop()}; left to the rules")
-        elif (count := len({groups[document] for document in having.documents})) < folds:
-            raise DataError(f"{name}: only {count} documents have it, too few for folds={folds}")
-        else:
-            names.append(name)
-    cut = folded(examples, np.array([groups[document] for document in examples.documents]), folds, seed, tuner)
-    cut = [fold._replace(others=others) for fold in cut]
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         rows = [i for i, span in enumerate(examples.spans) if name in span.attributes]
         truth = np.array([examples.spans[i].attributes[name] for i in rows])
-        said = {system: one[rows] for system, one in out_of_fold(cut, name).items()}
+        said = {system: one[rows] for system, one in out_of_fold(cut, name, passed=passed).items()}
         documents = examples.documents[rows].tolist()
         for value in sorted(set(truth) - {DEFAULTS.get(name, "")}):
             found[f"{name}:{value}"] = scored(truth == value, {k: one == value for k, one in said.items()}, documents)
@@ -101,9 +108,12 @@ def tested(
     return found
 
 
-def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> Said:
+def out_of_fold(
+    cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0, passed: Callable[[str], None] | None = None
+) -> Said:
     """What every system says of an attribute, each mention that has it by what has not seen its group ("" for the
-    others); with `few` only so many mentions of the other folds are learned from.
+    others); with `few` only so many mentions of the other folds are learned from. `passed` hears the name after every
+    fold.
     """
     learners: dict[str, Callable[[Examples], Examples]] = {"reader": lambda every: every}
     if cut[0].known.tuned:
@@ -135,6 +145,8 @@ def out_of_fold(cut: Sequence[Fold], name: str, seed: int = 0, few: int = 0) -> 
             held = fold.held[[name in span.attributes for span in fold.asked.spans]]
             for system, one in values.items():
                 said[system][held] = one
+            if passed:
+                passed(name)
     return {system: said[system] for system in SYSTEMS if system in (*learners, "rules", "words")}
 
 

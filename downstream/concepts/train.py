@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
@@ -24,7 +25,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.tracking import TrackingConfig
 from downstream.concepts import formats, sections
 from downstream.concepts.attributes import Attributes
-from downstream.concepts.evaluate import tested
+from downstream.concepts.evaluate import asked_about, folded, tested
 from downstream.concepts.features import Examples
 from downstream.concepts.formats import Format
 from downstream.concepts.passages import TunedPassages
@@ -104,17 +105,22 @@ def main(args: list[str]) -> None:
         examples = Examples.of(notes, states, advance)
         beside = Examples.of(others, states, lambda done, rate: advance(len(notes) + done, rate)) if others else None
     _show_counts(examples)
-    groups, tuned = _groups(notes), None
+    by_document = _groups(notes)
+    groups, tuned = np.array([by_document[document] for document in examples.documents]), None
+    names = asked_about(examples, groups, recipe.folds)
     if recipe.tune.epochs and states:
         # One for every part of the documents and for all of them, in every fold and at the end.
         passes, passed = recipe.tune.epochs * (PARTS + 1) * (recipe.folds + 1), itertools.count(1)
         with logs.progress("tuning the models", passes) as advance:
             tuner = Tuner(states.models, notes, recipe.tune, lambda: advance(next(passed), ""))
-            results = tested(examples, groups, recipe.folds, recipe.seed, tuner, beside)
+            cut = folded(examples, groups, recipe.folds, recipe.seed, tuner, beside)
             tuned, examples = tuner.fit(examples.documents), tuner.crossed(examples)
     else:
-        results = tested(examples, groups, recipe.folds, recipe.seed, None, beside)
-    attributes = Attributes.fit(examples, beside)
+        cut = folded(examples, groups, recipe.folds, recipe.seed, None, beside)
+    learned = itertools.count(1)
+    with logs.progress("learning what is said", len(names) * (recipe.folds + 1)) as advance:
+        results = tested(names, examples, cut, lambda name: advance(next(learned), name))
+        attributes = Attributes.fit(examples, beside, lambda name: advance(next(learned), name))
     if tuned and not attributes.hear_tuned():
         logs.say("the tuned models add nothing to the words and states; they are not kept")
         tuned = None

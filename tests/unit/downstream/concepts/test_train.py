@@ -13,7 +13,7 @@ import pytest
 import torch
 from annotated import model, toy
 
-from cluster import config
+from cluster import config, logs
 from cluster.errors import ConfigError, DataError, StorageError
 from downstream import finetune, work
 from downstream.concepts import annotate, attributes, reader, schema, train
@@ -243,6 +243,16 @@ def puzzling(count: int, name: str) -> list[Note]:
         note.doc_id, note.patient_id = f"{name}{i}", f"{name}{i}"
         made.append(note)
     return made
+
+
+def test_learning_says_how_far_it_is(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_plain_every", 0.0)
+    learned(folder)
+    said = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("learning what")]
+    # Two folds and the reader itself; of the first step no rate is known.
+    assert said[:-1] == [f"learning what is said: {share}% negation" for share in (67, 100)]
 
 
 def test_other_corpora_are_learned_from_as_far_as_they_help(folder: Path) -> None:
