@@ -23,6 +23,7 @@ from cluster.errors import DataError
 from downstream.concepts.attributes import Attribute
 from downstream.concepts.cues import DEFAULTS
 from downstream.concepts.features import Examples
+from downstream.concepts.regression import LeftOut
 from downstream.concepts.score import f1_gain, prf
 from downstream.concepts.tuned import Tuner
 from downstream.metrics import Ints
@@ -132,9 +133,11 @@ def out_of_fold(
         if len(set(truth)) < 2:
             values = dict.fromkeys((*learners, "words"), np.full(len(asked.spans), truth[0] if len(truth) else ""))
         else:
+            left_out: LeftOut = {}
             for system, told in learners.items():
                 others = told(fold.others) if fold.others and system != "alone" else None
-                attribute = Attribute.fit(told(known), name, others)
+                # Only without the language model are the regressions others than the reader's.
+                attribute = Attribute.fit(told(known), name, others, {} if system == "plain" else left_out)
                 values[system] = np.array(attribute.classes)[attribute(told(asked), name)[1]]
             values["words"] = _tfidf(known.beside, truth, asked.beside)
         return values | {"rules": np.array([mention.rules.get(name, "") for mention in asked.mentions])}

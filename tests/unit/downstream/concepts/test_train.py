@@ -16,7 +16,7 @@ from annotated import model, toy
 from cluster import config, logs
 from cluster.errors import ConfigError, DataError, StorageError
 from downstream import finetune, work
-from downstream.concepts import annotate, attributes, reader, schema, train
+from downstream.concepts import annotate, reader, regression, schema, train
 from downstream.concepts.attributes import Attribute, Attributes
 from downstream.concepts.evaluate import folded, out_of_fold
 from downstream.concepts.features import Examples
@@ -102,7 +102,7 @@ def test_the_verb_tunes_and_its_reader_is_read_again(
     assert "tuning the models: done" in said
     assert "the tuned models add nothing" in said  # the words say it all
     assert not reader.Reader.load(f"{folder}/reader").tuned
-    monkeypatch.setattr(attributes, "SHARES", (1.0,))  # nothing else is heard
+    monkeypatch.setattr(regression, "SHARES", (1.0,))  # nothing else is heard
     shutil.rmtree(folder / "reader")
     values = learned(folder, *words)["values"]["negation:negated"]  # type: ignore[index]
     assert values["reader"]["f1"] == 1
@@ -272,6 +272,18 @@ def test_other_corpora_are_learned_from_as_far_as_they_help(folder: Path) -> Non
     schema.write(f"{folder}/beside.jsonl", puzzling(1260, "b"))
     with pytest.raises(ConfigError, match="belongs to other settings"):
         learned(folder, corpus, f"beside={folder}/beside.jsonl")
+
+
+def test_what_was_said_of_documents_left_out_serves_again() -> None:
+    examples, others = Examples.of(puzzling(60, "n")), Examples.of(puzzling(600, "b"))
+    left_out: regression.LeftOut = {}
+    both = [Attribute.fit(examples, "negation", one, left_out) for one in (others, None)]
+    assert set(left_out) == {(False, 0.0, weight) for weight in (0.0, *regression.WEIGHTS)}
+    anew = [Attribute.fit(examples, "negation", one) for one in (others, None)]
+    for one, again in zip(both, anew, strict=True):
+        assert (one.general.weights_BK == again.general.weights_BK).all()
+        assert (one.general.offsets_K == again.general.offsets_K).all()
+    assert (both[0].general.weights_BK != both[1].general.weights_BK).any()
 
 
 def test_what_other_corpora_say_wrongly_is_not_heard() -> None:
