@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +19,7 @@ console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 160  # a file is as wide as a table
 PLAIN_EVERY_SECONDS = 10.0
+FOLDED = 16  # letters of the first column that stay in a line
 
 Advance = Callable[[float, str], None]
 
@@ -43,7 +45,16 @@ def say(line: str) -> None:
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; every column after the first is aligned to the right."""
+    """Prints a table; every column after the first is aligned to the right. Where the terminal is too narrow for its
+    numbers each row is a line of text, which a terminal can break anywhere.
+    """
+    widths = [max(cell_len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
+    if min(widths[0], FOLDED) + sum(widths[1:]) + 3 * len(widths) + 1 > console.width:
+        say(title)
+        for first, *cells in rows:
+            said = [f"{heading} {cell}" for heading, cell in zip(headings[1:], cells, strict=True) if cell]
+            say("  ".join([first, *said]))
+        return
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for index, heading in enumerate(headings):
         # Numbers stay whole and in one line; what is too long folds, nothing is cut off.
