@@ -27,8 +27,9 @@ import torch  # noqa: E402
 from given import given as given_words  # noqa: E402  (benchmarks/given.py)
 from torch.nn import functional  # noqa: E402
 
-from pretrain.engine import Plain, Workers  # noqa: E402
+from pretrain.engine import Workers  # noqa: E402
 from pretrain.evaluate import evaluate  # noqa: E402
+from pretrain.scoring import Plain  # noqa: E402
 from pretrain.streams import IGNORED, StreamConfig  # noqa: E402
 from sharding.shards import Corpus  # noqa: E402
 

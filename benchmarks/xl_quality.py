@@ -26,11 +26,12 @@ import awd_lstm  # noqa: E402  (benchmarks/awd_lstm.py)
 from given import given as given_words  # noqa: E402  (benchmarks/given.py)
 
 from pretrain import optim  # noqa: E402
-from pretrain.engine import Plain, Workers  # noqa: E402
+from pretrain.engine import Workers  # noqa: E402
 from pretrain.evaluate import evaluate  # noqa: E402
 from pretrain.models import MODELS  # noqa: E402
 from pretrain.models.awd_lstm import AwdLstmConfig  # noqa: E402
 from pretrain.models.transformer_xl import TransformerXlConfig  # noqa: E402
+from pretrain.scoring import Plain  # noqa: E402
 from pretrain.streams import StreamConfig  # noqa: E402
 from sharding.shards import Corpus  # noqa: E402
 

@@ -12,13 +12,15 @@ import contextlib
 import os
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import Preempted
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 NAMESPACE = "chartlm"
 JOB, ATTEMPT = "CHARTLM_JOB", "CHARTLM_ATTEMPT"  # in the environment of a submitted job
@@ -46,6 +48,8 @@ class _Keeper:
         threading.Thread(target=self._watch, args=(address,), daemon=True).start()
 
     def _watch(self, address: str) -> None:
+        from ray.job_submission import JobSubmissionClient  # slow to import, and not needed by the job itself
+
         short_lives = 0
         while short_lives < SHORT_LIVES:
             time.sleep(LOOKS_EVERY_SECONDS)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cluster import config, logs, ray_runtime, storage
+from cluster import config, logs, storage
 from downstream import frozen, lm
 from downstream.baseline import labels_of
 from downstream.classifier import HeadConfig, NoteClassifier
@@ -55,6 +55,8 @@ def train_parts(work: Work) -> None:
                 train_part(work, part)
                 finished(index)
         return
+    from cluster import ray_runtime  # takes Ray along: who trains here or predicts does not wait for it
+
     recipe_json = json.dumps(config.dump(recipe))
     ray_runtime.start(recipe.workers)
     try:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import safetensors
@@ -33,10 +33,13 @@ from torch import Tensor
 from cluster import storage
 from cluster.errors import StorageError, TrainingError
 from cluster.logs import say
-from pretrain.engine import PARAMETER, Engine, Scorer
 from pretrain.models import Carry
-from pretrain.optim import AVERAGE
+from pretrain.optim import AVERAGE, PARAMETER
+from pretrain.scoring import Scorer
 from pretrain.streams import Batch
+
+if TYPE_CHECKING:
+    from pretrain.engine import Engine  # a checkpoint is also read where no DeepSpeed is
 
 FORMAT = 2
 FOLDER = "checkpoints"

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from cluster import config, logs, storage
 from cluster.errors import ConfigError
-from pretrain.engine import Plain, Scorer
 from pretrain.ensemble import Ensemble, of_one_kind
 from pretrain.run import Trained, load_trained
+from pretrain.scoring import Plain, Scorer
 from pretrain.streams import IGNORED, StreamConfig, Streams
 from sharding.shards import Corpus, Split
 

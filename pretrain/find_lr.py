@@ -9,11 +9,7 @@ import io
 import math
 from collections.abc import Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot
 
 from cluster import config, logs, storage
 from cluster.errors import TrainingError
@@ -90,7 +86,10 @@ def tenth_of_lowest(curve: Curve) -> float:
 
 def draw(curve: Curve, suggestions: Sequence[tuple[str, float]], url: str) -> None:
     """Loss over learning rate as a PNG, with the suggestions marked."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.plot(*zip(*curve, strict=True), color=COLOURS[0], linewidth=1.4)
     for (name, lr), style in zip(suggestions, ("--", ":"), strict=True):
         axes.axvline(lr, color=GREY, linestyle=style, linewidth=1.2, label=f"{name}: {lr:.1e}")
@@ -101,7 +100,6 @@ def draw(curve: Curve, suggestions: Sequence[tuple[str, float]], url: str) -> No
     axes.legend(frameon=False, fontsize="small")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
-    pyplot.close(figure)
     storage.write_bytes(url, picture.getvalue())
 
 

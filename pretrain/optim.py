@@ -16,6 +16,7 @@ from torch import nn
 
 from cluster.config import Section
 
+PARAMETER = "parameter"  # the name of a parameter's own value beside its optimizer states
 AVERAGE = "average"  # the optimizer state that holds the averaged weights
 
 

@@ -6,12 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot, ticker
-from matplotlib.lines import Line2D
 from pydantic import Field
 
 from cluster import config, logs, storage, tracking
@@ -66,12 +61,15 @@ def draw_losses(runs: Sequence[str], out: str | None = None, x: str = "step") ->
     """Draws train and validation loss and learning rate of some runs; returns the URL of the PNG. Of one run, what
     happened to it is marked: interruptions, skipped steps, spikes.
     """
+    from matplotlib import ticker  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     found, names, alone = [tracking.read(run) for run in runs], _names(runs), len(runs) == 1
     panels = 1 + any("lr" in line for lines in found for line in lines)
     ratios = (4, 1)[:panels]
-    figure, parts = pyplot.subplots(
-        panels, 1, dpi=120, sharex=True, squeeze=False, height_ratios=ratios, layout="constrained"
-    )
+    figure = Figure(dpi=120, layout="constrained")  # no pyplot: it needs no display and keeps no state
+    parts = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=ratios)
     axes, below = parts[0, 0], parts[-1, 0]
     for index, (lines, name) in enumerate(zip(found, names, strict=True)):
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
@@ -114,7 +112,6 @@ def draw_losses(runs: Sequence[str], out: str | None = None, x: str = "step") ->
     )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
-    pyplot.close(figure)
     url = out or (storage.join(runs[0], "plots", "loss.png") if alone else "loss.png")
     storage.write_bytes(url, picture.getvalue())
     return url

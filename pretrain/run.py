@@ -23,8 +23,8 @@ from torch import nn
 from cluster import config, storage
 from cluster.errors import ConfigError
 from pretrain import checkpoint
-from pretrain.engine import Plain
 from pretrain.models import MODELS, settle_numbers
+from pretrain.scoring import Plain
 from pretrain.streams import StreamConfig
 from sharding.clean import CleanConfig, clean
 from sharding.shards import Corpus

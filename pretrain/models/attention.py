@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from pretrain.models.dropout import dropped
 
@@ -243,6 +242,8 @@ def rotary(
     k_BHKE, v_BHKE = rotated(keys_BKHE, 0).transpose(1, 2), values_BKHE.transpose(1, 2)
     length, keys = q_BHTE.shape[2], k_BHKE.shape[2]
     if bias_BTK is None and drop is None:
+        from torch.nn.attention.bias import causal_lower_right  # takes torch's compiler along, seconds of a start
+
         mask: Any = causal_lower_right(length, keys)
         return functional.scaled_dot_product_attention(q_BHTE, k_BHKE, v_BHKE, mask, scale=1.0).transpose(1, 2)
     if bias_BTK is None:

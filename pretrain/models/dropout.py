@@ -127,8 +127,15 @@ class _ReluDropped(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(gradients[0], output, 0).mul_(ctx.scale), None, None
 
 
-# Compiled, the numbers came out otherwise (torch 2.13, CPU).
-_drop, _relu_drop = map(torch.compiler.disable, (_Dropped.apply, _ReluDropped.apply))
+_drop, _relu_drop = _Dropped.apply, _ReluDropped.apply
+
+
+def keep_out_of_graphs() -> None:
+    """From now on dropout is not compiled: its numbers came out otherwise (torch 2.13, CPU). Who compiles a model says
+    so, and nobody else: torch's compiler takes seconds to import.
+    """
+    global _drop, _relu_drop
+    _drop, _relu_drop = map(torch.compiler.disable, (_Dropped.apply, _ReluDropped.apply))
 
 
 def dropped(x_BTD: Tensor, keys_B: Tensor, threshold: int) -> Tensor:

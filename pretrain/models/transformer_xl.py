@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from cluster.config import Section
 from pretrain.models import attention
 from pretrain.models.carry import Carry, forgotten
-from pretrain.models.dropout import Masks, dropped, relu_dropped
+from pretrain.models.dropout import Masks, dropped, keep_out_of_graphs, relu_dropped
 from pretrain.models.output import AdaptiveEmbedding, Hidden, Level, logits
 
 # As published: WikiText-103's sizes, the norm after the residual, and little initial weights.
@@ -172,6 +172,8 @@ class TransformerXl(nn.Module):
             else:
                 nn.init.normal_(parameter, 0.0, config.init_std)
         layer: Callable[..., Tensor] = XlLayer.__call__
+        if config.compile:
+            keep_out_of_graphs()
         self._layer = torch.compile(layer, dynamic=False) if config.compile else layer
 
     def initial_carry(self, lanes: int) -> Carry:

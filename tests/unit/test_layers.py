@@ -1,6 +1,8 @@
 """The house's floors and doors: downstream → pretrain → sharding → cluster → libraries; one door per dependency."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,14 @@ DOORS = {
     "pyarrow": ("sharding/", "downstream/", "cluster/arrow.py"),
     "torch": ("pretrain/", "downstream/"),
 }
+SLOW = ["torch._dynamo", "matplotlib", "ray", "deepspeed", "setuptools", "wandb"]
+STARTS = f"""
+import sys
+import downstream.predict, downstream.finetune, downstream.concepts.annotate, pretrain.evaluate, pretrain.generate
+print("to read:", *(name for name in {SLOW} if name in sys.modules))
+import pretrain.train
+print("to train:", *(name for name in {SLOW} if name in sys.modules and name != "deepspeed"))
+"""
 DRAWERS = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
 
 
@@ -57,3 +67,9 @@ def test_no_fifth_package_and_no_drawers() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages == set(FLOORS)
     assert [path.name for floor in FLOORS for path in (ROOT / floor).rglob("*.py") if path.name in DRAWERS] == []
+
+
+def test_a_start_does_not_wait_for_what_it_does_not_use() -> None:
+    """Seconds of every command, and of every worker that Ray starts. Who reads a checkpoint needs no DeepSpeed."""
+    said = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.split("\n")[:2] == ["to read:", "to train:"]

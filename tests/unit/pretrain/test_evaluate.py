@@ -7,10 +7,10 @@ import torch
 from corpora import tiny_corpus
 
 from cluster.errors import ConfigError
-from pretrain.engine import Plain
 from pretrain.ensemble import Ensemble, of_one_kind
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.models.awd_lstm import AwdLstm, AwdLstmConfig
+from pretrain.scoring import Plain
 from pretrain.streams import StreamConfig
 from sharding.shards import Corpus, Split
 

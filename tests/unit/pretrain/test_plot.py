@@ -1,11 +1,9 @@
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from cluster.errors import ConfigError
@@ -32,15 +30,18 @@ def run_of(folder: Path, steps: int, events: tuple[dict[str, Any], ...] = (), ev
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Figure]]:
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Figure]:
     """The figures that were made, oldest first; in a working directory of their own."""
     monkeypatch.chdir(tmp_path)
     figures: list[Figure] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(pyplot, "close", figures.append)
-        yield figures
-    for figure in figures:
-        pyplot.close(figure)
+    save = Figure.savefig
+
+    def kept(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    return figures
 
 
 def told(figure: Figure) -> list[str]:
