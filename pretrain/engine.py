@@ -147,6 +147,21 @@ def _squares(gradients: list[Tensor]) -> float:
     return float(torch.stack(sums).sum()) if sums else 0.0
 
 
+def _meet_muon() -> None:
+    """DeepSpeed asks of every optimizer whether it is Muon, and importing that compiles its kernels: all of torch's
+    compiler is loaded, two seconds of every start. Nothing here is Muon, so it comes uncompiled.
+    """
+    import torch._dynamo  # noqa: F401  (or torch would take what follows for a wish that lasts)
+
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    del os.environ["TORCHDYNAMO_DISABLE"]
+    if before is not None:
+        os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 class Engine:
     """A model under DeepSpeed: one call trains a step; tensors come out and go in by name."""
 
@@ -169,6 +184,7 @@ class Engine:
         self.model = model.to(workers.device)
         self.workers, self.config, self.clip = workers, config, clip
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        _meet_muon()
         self._deepspeed, *_ = deepspeed.initialize(
             model=Objective(self.model, heads.HEADS[config.head]),
             optimizer=make_optimizer(self.model),

@@ -21,6 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
+def command_line(process: psutil.Process) -> str:
+    """The words of its command line; none of a process that has ended in the meantime, or is another user's."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return " ".join(process.cmdline())
+    return ""
+
+
 class Cluster:
     """A head by `./launch.sh up`, and further nodes that join it. `env` is the environment of its user."""
 
@@ -73,10 +80,9 @@ class Cluster:
         found = []
         for name in [path.parent.name for path in self.folder.glob("*/node.json")]:
             for process in self.processes(name):
-                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    line = " ".join(process.cmdline())
-                    if any(title in line for title in titles):
-                        found.append(process)
+                line = command_line(process)
+                if any(title in line for title in titles):
+                    found.append(process)
         return found
 
     def launch(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from clusters import Cluster, cluster, own_address
+from clusters import Cluster, cluster, command_line, own_address
 
 from cluster import package, tracking
 from cluster.errors import ConfigError
@@ -72,7 +72,7 @@ def test_a_job_from_submit_to_logs(ray: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "hospital" / "NOTEEVENTS.csv.gz").exists()
     assert job in ray.launch("status").stdout
     assert SECRET not in ray.log(job)
-    lines = " ".join(word for process in ray.processes("head") for word in process.cmdline())
+    lines = " ".join(map(command_line, ray.processes("head")))
     session = Path(re.findall(r"(/[^ =]*/session_[^/ ]+)", lines)[0])
     files = [path for path in (session / "logs").rglob("*") if path.is_file()]
     assert any(path.name.startswith("job-driver-") for path in files)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import wandb_files
+from clusters import command_line
 from corpora import tiny_corpus
 
 from cluster import storage, tracking
@@ -98,7 +99,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
 
 def training_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if any("RayTrainWorker" in word for word in child.cmdline())]
+    return [child for child in children if "RayTrainWorker" in command_line(child)]
 
 
 def random_step() -> int:

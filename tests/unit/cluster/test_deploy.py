@@ -17,6 +17,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
+from clusters import command_line
 from corpora import tiny_corpus
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -361,7 +362,7 @@ def test_a_run_in_slurm_saves_is_queued_again_and_ends(real: Slurm, tmp_path: Pa
     script = next(
         process
         for process in psutil.Process(first.pid).children(recursive=True)
-        if str(DEPLOY / "slurm.sh") in process.cmdline()
+        if str(DEPLOY / "slurm.sh") in command_line(process).split()
     )
     script.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=200)
