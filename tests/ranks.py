@@ -23,7 +23,9 @@ from ports import free_port
 
 TESTS = Path(__file__).resolve().parent
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["deepspeed", "torch._dynamo", "pandas", "matplotlib.figure", "pretrain.train", "ranks"])
+_FORKS.set_forkserver_preload(
+    ["deepspeed", "torch._dynamo", "pandas", "matplotlib.figure", "pretrain.train", "pytest", "ranks"]
+)
 
 
 def _rank(environment: dict[str, str], output: str, called: bytes) -> None:

@@ -9,7 +9,7 @@ import torch
 from corpora import tiny_corpus
 from ranks import run_on_ranks
 
-from cluster import config, ray_runtime, storage, tracking
+from cluster import config, storage, tracking
 from cluster.errors import ConfigError, StorageError, TrainingError
 from pretrain import checkpoint, faults, train
 from pretrain.run import hashed, known_patients, load_trained
@@ -296,6 +296,8 @@ def test_a_save_waits_until_the_one_before_has_cleared_away(tmp_path: Path, corp
 
 
 def as_ray_starts_it(run: str, corpus: str) -> None:
+    from cluster import ray_runtime
+
     torch.set_num_threads(1)
     ray_runtime.machine_goes = lambda: False  # a slow machine asks within the first step; there is no Ray to answer
     train.entry(recipe(Path(run), corpus).model_dump(mode="json", exclude_none=True))
