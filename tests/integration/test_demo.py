@@ -1,8 +1,10 @@
 """`./launch.sh demo`: smaller than a newcomer's in every run of the tests, at its full size by `test slow`."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,29 @@ def test_the_curve_has_no_gap_and_no_repeat(desk: Path) -> None:
     tokens = [line["tokens"] for line in lines if "loss" in line]
     assert tokens == sorted(set(tokens))
     assert sum(line.get("event") == "resumed" for line in lines) == 1
+
+
+def test_the_kill_has_lost_nothing(desk: Path, tmp_path: Path) -> None:
+    """Every loss, and weights and optimizer at the end, to the last bit as by torchrun, without Ray and undisturbed."""
+    killed, whole = desk / "runs/demo", tmp_path / "whole"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "pretrain.train", str(killed / "recipe.toml"), f"run_dir={whole}", "tracking.wandb=disabled"]
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=desk, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, wanted = (
+        [
+            (line["step"], line.get("loss"), line.get("valid_loss"))
+            for line in tracking.read(str(run))
+            if "event" not in line
+        ]
+        for run in (killed, whole)
+    )
+    assert found == wanted
+    last = f"checkpoints/step-{found[-1][0]:08d}"
+    tensors = [sorted((run / last).glob("*.safetensors")) for run in (killed, whole)]
+    assert len(tensors[0]) == 2
+    assert [path.read_bytes() for path in tensors[0]] == [path.read_bytes() for path in tensors[1]]
 
 
 def test_story_and_files(desk: Path) -> None:

@@ -120,6 +120,7 @@ def assert_one_curve(run: Path, unbroken: Path) -> None:
     assert events[0]["step"] <= events[0]["interrupted_at"]
 
 
+@pytest.mark.slow  # in every run: the demo
 def test_kill_of_a_worker(tmp_path: Path, corpus: str, unbroken: Path) -> None:
     run = tmp_path / "run"
     process = start(run, corpus)

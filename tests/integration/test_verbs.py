@@ -15,7 +15,6 @@ from ranks import run_on_ranks
 from threadpoolctl import threadpool_limits
 
 from cluster import config
-from downstream import finetune
 from pretrain import compare, evaluate, find_lr, generate, train
 from pretrain.models import MODELS
 
@@ -45,6 +44,8 @@ def searched(run: str, corpus: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"awd-lstm"}))
 def test_every_verb(tmp_path: Path, corpus: str, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from downstream import finetune  # not above, where every rank would import it
+
     run, backward, again, lr = (str(tmp_path / part) for part in ("forward", "backward", "again", "lr"))
     # Each in a process of its own: DeepSpeed enters one process group in its life.
     run_on_ranks(1, functools.partial(trained, run, corpus, name))
