@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/starts.py corpus=SHARDS [before=CHECKOUT] [rounds=5]
 
 In turns, each in a process of its own: bare torch, every verb of this checkout, and of another one where it is given.
-`step` is a training worker from nothing to its first step on SHARDS (AWD-LSTM of 16 units; no validation, no W&B).
+`step` is a training worker from nothing to its first step on SHARDS and its validation (AWD-LSTM of 16 units, no W&B).
 """
 
 from __future__ import annotations
