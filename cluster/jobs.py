@@ -282,7 +282,7 @@ def logs(args: list[str]) -> None:
 
 
 def _lines(client: JobSubmissionClient, job: Job, follow: bool) -> Iterator[str]:
-    if not follow:
+    if not follow or _is_over(job.last):
         yield from job.log(client).splitlines()
         return
     seen: set[str] = set()
@@ -291,10 +291,17 @@ def _lines(client: JobSubmissionClient, job: Job, follow: bool) -> Iterator[str]
             if attempt.submission_id not in seen:
                 seen.add(str(attempt.submission_id))
                 yield from _followed(client, str(attempt.submission_id))
-        time.sleep(2 * keeper.LOOKS_EVERY_SECONDS)  # its keeper submits it again where it died
         job = next(found for found in _jobs(client) if found.name == job.name)
+        if job.last.submission_id in seen and not _is_over(job.last):
+            time.sleep(2 * keeper.LOOKS_EVERY_SECONDS)  # its keeper submits it again where it died
+            job = next(found for found in _jobs(client) if found.name == job.name)
         if job.last.submission_id in seen and job.last.status.is_terminal():
             return
+
+
+def _is_over(attempt: JobDetails) -> bool:
+    """Whether an attempt has ended and its keeper does not submit the job again."""
+    return attempt.status.is_terminal() and not (attempt.status.value == "FAILED" and keeper.died(attempt))
 
 
 def _followed(client: JobSubmissionClient, attempt: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from clusters import Cluster, cluster, command_line, own_address
+from clusters import ROOT, Cluster, cluster, command_line, own_address
 
 from cluster import package, tracking
 from cluster.errors import ConfigError
@@ -119,6 +120,8 @@ def test_shard_pretrain_finetune_stop_and_resume_as_jobs(ray: Cluster, tmp_path:
     assert resumed.returncode == 0, resumed.stderr
     again = resumed.stdout.split("submitted ")[1].partition(";")[0]
     reach(ray, again, run, first + 1)
+    follow = [ROOT / "launch.sh", "logs", again, "rank=1", "-f"]
+    following = subprocess.Popen(follow, env=ray.env, stdout=subprocess.PIPE, text=True)
     assert ray.launch("stop", again).returncode == 0
     assert f"from step {first:,}" in ray.log(again)
     at, step, rate, loss, checkpoint, restarts, nodes = ray.row(again)[3:]
@@ -129,8 +132,9 @@ def test_shard_pretrain_finetune_stop_and_resume_as_jobs(ray: Cluster, tmp_path:
     assert (restarts, nodes) == ("1", "1")
     ranks = {line.partition(":")[0] for line in ray.log(again).splitlines() if line.startswith("rank ")}
     assert ranks == {"rank 0", "rank 1"}
-    of_one = ray.launch("logs", again, "rank=1", "-f").stdout.splitlines()
+    of_one = following.communicate(timeout=60)[0].splitlines()  # it ends with the job
     assert of_one
+    assert ray.launch("logs", again, "rank=1", "-f").stdout.splitlines() == of_one
     assert all(line.startswith("rank 1: ") for line in of_one)
     tuned = ray.submit(
         *("finetune", "recipes/demo/finetune.toml", f"run={run}", f"out={tmp_path / 'out'}", "seeds=[1]"),
