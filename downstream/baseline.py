@@ -9,6 +9,7 @@ would be.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ WORD = r"(?u)\b\w\w+\b|\b[lrc]_\S+"
 
 
 class Baseline(NamedTuple):
-    """Probabilities [N, K] by split, and the C that validation chose."""
+    """Probabilities [N, K] by split (of `train` only where it is known by models that have not seen a note), and the C
+    that validation chose.
+    """
 
     probabilities: dict[str, Floats]
     strength: float
@@ -50,6 +53,7 @@ def tfidf_regression(
     labels = {name: labels_of(examples, classes, several) for name, examples in splits.items()}
     texts = {name: [text_of(example) for example in examples] for name, examples in splits.items()}
 
+    @functools.cache
     def fitted(names: tuple[str, ...]) -> tuple[TfidfVectorizer, Any, Ints]:
         vectorizer = TfidfVectorizer(
             ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=MAX_FEATURES, token_pattern=WORD
@@ -58,19 +62,23 @@ def tfidf_regression(
         return vectorizer, features, np.concatenate([labels[name] for name in names])
 
     def said(names: tuple[str, ...], strength: float, split: str) -> Floats:
-        vectorizer, features, known = fits[names]
+        vectorizer, features, known = fitted(names)
         found = regression.regress(features, known, strength)
         return regression.probabilities(found, vectorizer.transform(texts[split]))
 
-    both = ("train", "valid")
-    fits = {names: fitted(names) for names in ([("train",), both] if refit else [("train",)])}
-    if refit:
-        patients = [example.patient_id for name in both for example in splits[name]]
-        strength, _ = regression.chosen(fits[both][1], fits[both][2], patients, STRENGTHS, 0)
-    else:
+    if not refit:
         strength = max(STRENGTHS, key=lambda one: selection(labels["valid"], said(("train",), one, "valid")))
-    test = said(both if refit else ("train",), strength, "test")
-    return Baseline({"valid": said(("train",), strength, "valid"), "test": test}, strength)
+        return Baseline({name: said(("train",), strength, name) for name in ("valid", "test")}, strength)
+    both = ("train", "valid")
+    _, features, known = fitted(both)
+    patients = [example.patient_id for name in both for example in splits[name]]
+    strength, _, said_NK = regression.chosen(features, known, patients, STRENGTHS, 0)
+    found = {"test": said(both, strength, "test")}
+    if said_NK is None:
+        found["valid"] = said(("train",), strength, "valid")
+    else:
+        found |= {"train": said_NK[: len(labels["train"])], "valid": said_NK[len(labels["train"]) :]}
+    return Baseline(found, strength)
 
 
 def majority(splits: Mapping[str, Sequence[Example]], classes: int, several: bool) -> dict[str, Floats]:

@@ -1,10 +1,11 @@
-"""Probabilities that mean what they say: temperature scaling on validation notes.
+"""Probabilities that mean what they say: temperature scaling on notes that a model has not seen.
 
 The classes are balanced in training, so a model's probabilities are as if all classes were equally common, and they
-are too sure of themselves. On validation notes, which have the natural prevalence, one temperature T is learned for
-the logits (Guo et al. 2017, arXiv:1706.04599), of two classes also a bias (Platt 1999). Both keep the order of
-scores, so nothing that ranks changes; of more than two classes the most likely one stays the most likely. With
-several labels a note every class is a question of its own, with a temperature and a bias as of two classes.
+are too sure of themselves. On validation notes, which have the natural prevalence, or on all labelled notes, each said
+by models that were fitted without it, one temperature T is learned for the logits (Guo et al. 2017, arXiv:1706.04599),
+of two classes also a bias (Platt 1999). Both keep the order of scores, so nothing that ranks changes; of more than two
+classes the most likely one stays the most likely. With several labels a note every class is a question of its own, with
+a temperature and a bias as of two classes. Where folds are joined it is what puts their scores on one scale.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _applied(probabilities_NK: Floats, temperature: float, bias: float) -> Float
 
 
 def calibrate(labels: Ints, probabilities_NK: Floats) -> Calibration | SeveralCalibration:
-    """Learns on validation notes that neither trained the model nor score it: the least negative log-likelihood.
+    """Learns on notes that neither trained what said this of them nor score it: the least negative log-likelihood.
 
     `labels` [N], or with several labels a note 0 and 1 [N, K].
     """

@@ -16,13 +16,14 @@ OUT holds
     curves.png             ROC, precision and recall, reliability (two classes), or the confusion of several
     results.json           every number of the table, and what it came from; written last: where it is, the work is done
 
-The classes are balanced in training; what the probabilities mean is learned on validation (calibration.py).
+The classes are balanced in training; what the probabilities mean is learned on validation, in the frozen mode on all
+labelled notes, each said by models that have not seen it (calibration.py).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ from downstream.baseline import labels_of
 from downstream.calibration import calibrate
 from downstream.concepts import train as concepts
 from downstream.concepts.train import ConceptsRecipe
+from downstream.folds import Fold
 from downstream.metrics import Floats
-from downstream.parts import stored, train_parts
+from downstream.parts import SPLITS, stored, train_parts
 from downstream.work import (
     FinetuneRecipe,
     Work,
@@ -105,7 +107,8 @@ def gathered(work: Work) -> report.Outcome:
         for name, pretrained in (("model", True), ("scratch", False)):
             here = [left[part] for part in parts if part.fold == place and part.pretrained == pretrained]
             if here:
-                systems[name] = {split: np.mean([one[split] for one in here], axis=0) for split in ("valid", "test")}
+                told = [split for split in SPLITS if all(split in one for one in here)]
+                systems[name] = {split: np.mean([one[split] for one in here], axis=0) for split in told}
         refit = recipe.mode == "frozen"
         regression = functools.partial(baseline.tfidf_regression, fold.splits(), classes, cohort.several, refit=refit)
         bars = {"baseline": regression()}
@@ -115,10 +118,16 @@ def gathered(work: Work) -> report.Outcome:
         systems |= {name: bar.probabilities for name, bar in bars.items()}
         systems["majority"] = baseline.majority(fold.splits(), classes, cohort.several)
         said.append(systems)
-    valid = [labels_of(fold.valid, classes, cohort.several) for fold in work.folds]
+
+    def learn(fold: Fold, by_split: Mapping[str, Floats]) -> Any:
+        # In the frozen mode of all labelled notes: of a few hundred a fifth would calibrate each fold differently.
+        known = [split for split in ("train", "valid") if split in by_split]
+        labels = np.concatenate([labels_of(fold.splits()[split], classes, cohort.several) for split in known])
+        return calibrate(labels, np.concatenate([by_split[split] for split in known]))
+
     learned = [
-        {name: calibrate(labels, by_split["valid"]) for name, by_split in systems.items() if name != "majority"}
-        for labels, systems in zip(valid, said, strict=True)
+        {name: learn(fold, by_split) for name, by_split in systems.items() if name != "majority"}
+        for fold, systems in zip(work.folds, said, strict=True)
     ]
     joined = {
         name: {

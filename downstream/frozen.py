@@ -231,8 +231,9 @@ def fit(
 ) -> tuple[dict[str, Floats], Frozen, dict[str, float]]:
     """Chooses regularization and scale by cross-validation within `train` and `valid`, and learns from both.
 
-    `data`: by split (examples, pooled states, labels). Returns the probabilities of `valid` (by the model that has not
-    seen it) and of `test`, the model, and what was chosen.
+    `data`: by split (examples, pooled states, labels). Returns the probabilities of `train` and `valid` (of each note
+    by models that have not seen it) and of `test`, the model, and what was chosen. Where a class is missing in a fold
+    there are none of `train`.
     """
     train, valid = data["train"], data["valid"]
     labelled, labels = [*train[0], *valid[0]], np.concatenate([train[2], valid[2]])
@@ -243,15 +244,18 @@ def fit(
     patients = [example.patient_id for example in labelled]
     scales = SCALES if "states" in settings.features and len(both) > 1 else (1.0,)
     tried = {scale: chosen(_joined(both, scale), labels, patients, strengths, seed) for scale in scales}
-    scale = max(tried, key=lambda one: tried[one][1])
-    if 0.0 in tried and tried[0.0][1] >= tried[scale][1] - TIE:
+    scale = max(tried, key=lambda one: tried[one].score)
+    if 0.0 in tried and tried[0.0].score >= tried[scale].score - TIE:
         scale = 0.0
-    strength = tried[scale][0]
+    strength, _, said_NK = tried[scale]
     features = {name: _joined(found, scale) for name, found in blocks.items()}
-    said = probabilities(regress(features["train"], train[2], strength), features["valid"])
     model = Frozen(settings, {**arrays, "scale": np.array(scale), **regress(_joined(both, scale), labels, strength)})
-    about = {"strength": strength, "scale": scale, "spread": spread}
-    return {"valid": said, "test": probabilities(model.arrays, features["test"])}, model, about
+    found = {"test": probabilities(model.arrays, features["test"])}
+    if said_NK is None:
+        found["valid"] = probabilities(regress(features["train"], train[2], strength), features["valid"])
+    else:
+        found |= {"train": said_NK[: len(train[2])], "valid": said_NK[len(train[2]) :]}
+    return found, model, {"strength": strength, "scale": scale, "spread": spread}
 
 
 def _spread(

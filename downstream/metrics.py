@@ -58,6 +58,24 @@ def auroc(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
     return float(np.sum(np.diff(false_N) * (true_N[1:] + true_N[:-1]) / 2))
 
 
+def auroc_within(folds_N: Ints) -> Metric:
+    """AUROC over the pairs of notes of one fold. The scores of two folds are those of two models, and their order says
+    as much of how the models differ as of the notes (Forman & Scholz 2010, doi:10.1145/1882471.1882479).
+    """
+    rows_F = [np.flatnonzero(folds_N == fold) for fold in np.unique(folds_N)]
+
+    def within(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> float:
+        total = right = 0.0
+        for rows in rows_F:
+            labels, weights = labels_N[rows], weights_N[rows]
+            if _both(labels, weights):
+                pairs = weights[labels == 1].sum() * weights[labels == 0].sum()
+                total, right = total + pairs, right + pairs * auroc(labels, scores_N[rows], weights)
+        return float(right / total) if total else math.nan
+
+    return within
+
+
 def precision_recall(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> tuple[Floats, Floats]:
     """(recalls, precisions) at every distinct score, from the highest down."""
     positives, negatives = _curve(labels_N, scores_N, weights_N)
@@ -300,9 +318,15 @@ def patient_draws(patients: Sequence[str], draws: int, seed: int) -> Iterator[Fl
 
 
 def evaluate(
-    labels_N: Ints, probabilities: Mapping[str, Floats], patients: Sequence[str], draws: int, seed: int
+    labels_N: Ints,
+    probabilities: Mapping[str, Floats],
+    patients: Sequence[str],
+    draws: int,
+    seed: int,
+    folds: Sequence[int] | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """Every metric of every system (`probabilities` [N, K] by name), with percentile intervals (see FARTHER).
+    `folds` says which notes were scored by the same model; without it all were.
 
     The systems see the same draws, so the difference of the first system and each later one is paired; it
     stands under "first - later". Draws in which a metric is not defined (a class is absent) do not count for
@@ -311,6 +335,8 @@ def evaluate(
 
     def measuring(p_NK: Floats) -> Measure:
         scores, metrics = scores_of(p_NK)
+        if folds is not None and metrics is BINARY:
+            metrics = {**BINARY, "auroc": auroc_within(np.array(folds))}
         return lambda weights_N: {name: metric(labels_N, scores, weights_N) for name, metric in metrics.items()}
 
     return _compared({name: measuring(p_NK) for name, p_NK in probabilities.items()}, patients, draws, seed)

@@ -232,7 +232,9 @@ def build(trained: Trained, classes: int, head: HeadConfig, seed: int) -> NoteCl
 
 
 def stored(out: str, part: Part) -> dict[str, Any]:
-    """What a part has left: probabilities [N, K] of `valid` and `test`, its history, the weights it began with."""
+    """What a part has left: probabilities [N, K] of `valid` and `test`, of `train` where it is told by models that have
+    not seen a note, its history, the weights it began with.
+    """
     with np.load(io.BytesIO(storage.read_bytes(part_file(out, part))), allow_pickle=False) as found:
         about: dict[str, Any] = json.loads(found["about"].tobytes())
-        return {"valid": found["valid"], "test": found["test"], **about}
+        return {**{name: found[name] for name in SPLITS if name in found}, **about}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.sparse as sparse
@@ -57,25 +57,38 @@ def probabilities(found: Mapping[str, Any], features: Features) -> Floats:
     return said
 
 
+class Choice(NamedTuple):
+    """A C, its score, and what is said with it of each note by a fit without that note [N, K]; None where a class is
+    missing in a fold.
+    """
+
+    strength: float
+    score: float
+    said_NK: Floats | None
+
+
 def chosen(
     features: sparse.csr_matrix, labels: Ints, patients: Sequence[str], strengths: Sequence[float], seed: int
-) -> tuple[float, float]:
-    """The C with the best score of predictions out of five folds by patient (three of many notes), and that score: with
-    some hundred labels a fifth of them alone is a bad guide.
+) -> Choice:
+    """The C with the best score of predictions out of five folds by patient (three of many notes): with some hundred
+    labels a fifth of them alone is a bad guide.
     """
     rows = _spanned(features)[0] if _few(features) else features
     cuts = cuts_of(labels, patients, seed)
-    scores = {}
+    order = np.concatenate([left for _, left in cuts])
+    best: Choice | None = None
     for strength in strengths:
         said = []
         for learned, left in cuts:
             said.append(probabilities(regress(rows[learned], labels[learned], strength), rows[left]))
         if len({one.shape[1] for one in said}) > 1:
-            return strength, 0.0  # a class is missing in a fold: too few notes to choose
-        order = np.concatenate([left for _, left in cuts])
-        scores[strength] = selection(labels[order], np.concatenate(said))
-    best = max(scores, key=lambda one: scores[one])
-    return best, scores[best]
+            return Choice(strength, 0.0, None)  # too few notes to choose
+        joined_NK = np.concatenate(said)
+        score = selection(labels[order], joined_NK)
+        if best is None or score > best.score:
+            best = Choice(strength, score, joined_NK[np.argsort(order)])
+    assert best is not None
+    return best
 
 
 def cuts_of(labels: Ints, patients: Sequence[str], seed: int) -> list[tuple[Ints, Ints]]:

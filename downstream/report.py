@@ -105,11 +105,14 @@ def write(out: str, outcome: Outcome) -> None:
     # Majority ranks nothing: of two classes its AUROC is one half, whatever is drawn.
     binary = len(classes) == 2 and not cohort.several
     compared = {name: p for name, p in systems.items() if not (binary and name == "majority")}
-    measure = evaluate_several if cohort.several else evaluate
-    scores = measure(labels, compared, patients, outcome.draws, SEED)
+    if cohort.several:
+        scores = evaluate_several(labels, compared, patients, outcome.draws, SEED)
+    else:
+        folds = [place for place, fold in enumerate(outcome.folds) for _ in fold.test]
+        scores = evaluate(labels, compared, patients, outcome.draws, SEED, folds)
     title = f"test: {len(test):,} notes; 95% intervals over {outcome.draws:,} draws of patients"
     if len(outcome.folds) > 1:
-        title += f"; {len(outcome.folds)} folds"
+        title += f"; {len(outcome.folds)} folds" + ", AUROC within them" * binary
     if binary:
         title += f"; {labels.mean():.1%} are {classes[1]!r}, which is the AUPRC of chance"
     _show(title, scores)

@@ -82,6 +82,9 @@ def test_states_that_say_nothing_are_left_out_and_those_that_say_all_are_used() 
         }
         said, _, about = frozen.fit(settings, data, [], 1)
         assert (about["scale"] == 0.0) is none
+        # Of each labelled note, by fits without it, in its own row.
+        assert (said["train"].argmax(1) == labels[:60]).mean() > 0.9
+        assert (said["valid"].argmax(1) == labels[60:]).mean() > 0.9
         assert (said["test"].argmax(1) == labels[:30]).mean() > 0.9
 
 

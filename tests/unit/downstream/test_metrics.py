@@ -22,6 +22,7 @@ from downstream.metrics import (
     accuracy,
     auprc,
     auroc,
+    auroc_within,
     brier,
     calibration_line,
     confusion,
@@ -35,6 +36,28 @@ from downstream.metrics import (
     selection,
     sensitivity_90,
 )
+
+
+def test_auroc_within_folds_does_not_compare_the_scores_of_two_models() -> None:
+    generator = np.random.default_rng(4)
+    labels_N, folds_N = generator.integers(2, size=90), np.repeat([0, 1, 2], 30)
+    weights_N = generator.integers(3, size=90).astype(float)
+    scores_N = labels_N + generator.normal(size=90)
+    within = auroc_within(folds_N)
+    moved_N = scores_N * np.array([1, 0.2, 5])[folds_N] + 10 * folds_N  # as of three models
+    assert within(labels_N, moved_N, weights_N) == pytest.approx(within(labels_N, scores_N, weights_N))
+    assert auroc(labels_N, moved_N, weights_N) < within(labels_N, moved_N, weights_N) - 0.1
+    right = pairs = 0.0
+    for i in np.flatnonzero(labels_N == 1):
+        for j in np.flatnonzero((labels_N == 0) & (folds_N == folds_N[i])):
+            right += weights_N[i] * weights_N[j] * (moved_N[i] > moved_N[j])
+            pairs += weights_N[i] * weights_N[j]
+    assert within(labels_N, moved_N, weights_N) == pytest.approx(right / pairs)
+    assert auroc_within(np.zeros(90))(labels_N, scores_N, weights_N) == auroc(labels_N, scores_N, weights_N)
+    assert math.isnan(auroc_within(labels_N)(labels_N, scores_N, weights_N))  # every fold has one class
+    two_NK = np.stack([1 - moved_N, moved_N], 1)
+    found = evaluate(labels_N, {"model": two_NK}, [str(n) for n in range(90)], 5, 1, folds_N.tolist())
+    assert found["model"]["auroc"].value == within(labels_N, moved_N, np.ones(90))
 
 
 @pytest.mark.parametrize("seed", range(5))
