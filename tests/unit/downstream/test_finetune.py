@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, DataError
-from downstream import finetune, predict, work
+from cluster.tracking import TrackingConfig
+from downstream import finetune, predict, report, work
+from downstream.folds import Fold
 from downstream.metrics import BINARY
 from downstream.tasks import TASKS
 from downstream.tasks.classify import ClassifyTask
@@ -103,6 +105,20 @@ def test_from_csv_to_metrics(tiny: Path, classes: int, capsys: pytest.CaptureFix
     assert (out / "results.json").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match=r"belongs to other settings \(recipe.stages.lr: .*choose another out="):
         finetune.main(arguments(tiny, classes, "stages.lr=0.5"))
+
+
+def test_a_table_of_folds_compares_no_scores_of_two_folds(tmp_path: Path) -> None:
+    examples = [Example(str(n), f"p{n}", "red", n % 2) for n in range(40)]
+    cut = [Fold(name, [], [], tested, [], frozenset()) for name, tested in (("1", examples[:20]), ("2", examples[20:]))]
+    sure_N = np.array([(0.6 if n % 2 else 0.5) - 0.3 * (n < 20) for n in range(40)])  # of the first fold less sure
+    systems = {"model": {"test": np.stack([1 - sure_N, sure_N], 1)}}
+    cohort = Cohort(examples, ("blue", "red"))
+    outcome = report.Outcome(cohort, cut, systems, {}, 20, None, TrackingConfig(wandb="disabled"))
+    report.write(str(tmp_path), outcome)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["auroc"] == 1.0
+    report.write(str(tmp_path), outcome._replace(folds=[cut[0]._replace(test=examples)]))
+    assert json.loads((tmp_path / "results.json").read_text())["auroc"] == 0.75
 
 
 def test_same_recipe_gives_the_same_numbers(tiny: Path) -> None:
