@@ -110,12 +110,13 @@ class Cluster:
         return self.launch("logs", job).stdout
 
     def state(self, job: str) -> str:
-        """The job's state, asked of Ray itself: `status` would take a CPU from the job for a second and more."""
+        """The state of the job's newest attempt, asked of Ray itself: `status` would take a CPU from the job."""
         token = (self.folder / ".ray" / "auth_token").read_text()
-        address = f"{self.env['RAY_API_SERVER_ADDRESS']}/api/jobs/{job}"
+        address = f"{self.env['RAY_API_SERVER_ADDRESS']}/api/jobs/"
         asked = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(asked) as found:
-            return str(json.load(found)["status"])
+        with urllib.request.urlopen(asked, timeout=60) as found:
+            attempts = [one for one in json.load(found) if (one["metadata"] or {}).get("job") == job]
+        return str(max(attempts, key=lambda one: one["start_time"] or 0)["status"])
 
     def wait(self, job: str, *states: str, seconds: float = 240) -> str:
         """Waits for a state; returns it as `status` has it."""
