@@ -6,9 +6,10 @@
     place    how far into the note a mention stands
 
 Each is a block of unit length, so that one regularization fits all; how much the states count is chosen with it, by
-cross-validation: beside a mention a small model says more than the words, of a whole note less. So is, for whole notes,
-what the first axes of topics count beside the others (`_spread`). `features` says which blocks there are, and a run
-with ["states"] shows what they are worth.
+cross-validation: beside a mention a small model says more than the words, of a whole note less, and states that gain
+no more than chance could have given them count nothing (`_surely`). So is, for whole notes, what the first axes of
+topics count beside the others (`_spread`). `features` says which blocks there are, and a run with ["states"] shows what
+they are worth.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from torch import Tensor
 
 from cluster.config import Section
 from downstream.classifier import Batch, NoteClassifier, batches, padded
-from downstream.metrics import Floats, Ints, selection
+from downstream.metrics import Floats, Ints, patient_draws, selection
 from downstream.reading import Note
-from downstream.regression import MANY, STRENGTHS, chosen, cuts_of, probabilities, regress
+from downstream.regression import MANY, STRENGTHS, Choice, chosen, cuts_of, probabilities, regress
 from downstream.tasks.examples import Example
 
 SCALES = (0.0, 0.3, 1.0, 2.0)  # of the states
 TIE = 0.005  # of the score: states that gain no more are left out
+DRAWS = 200  # of patients, for the standard error of a gain
 TOPICS, TOPICS_BESIDE = 150, 300  # of a whole note, beside a mention
 ENOUGH = 2000  # notes, of those with and without labels, to choose the spread of topics by
 REPEATS = 3  # of the folds, for fewer than MANY notes
@@ -245,7 +247,7 @@ def fit(
     scales = SCALES if "states" in settings.features and len(both) > 1 else (1.0,)
     tried = {scale: chosen(_joined(both, scale), labels, patients, strengths, seed) for scale in scales}
     scale = max(tried, key=lambda one: tried[one].score)
-    if 0.0 in tried and tried[0.0].score >= tried[scale].score - TIE:
+    if 0.0 in tried and not _surely(tried[scale], tried[0.0], labels, patients, seed):
         scale = 0.0
     strength, _, said_NK = tried[scale]
     features = {name: _joined(found, scale) for name, found in blocks.items()}
@@ -256,6 +258,24 @@ def fit(
     else:
         found |= {"train": said_NK[: len(train[2])], "valid": said_NK[len(train[2]) :]}
     return found, model, {"strength": strength, "scale": scale, "spread": spread}
+
+
+def _surely(better: Choice, plain: Choice, labels: Ints, patients: Sequence[str], seed: int) -> bool:
+    """Whether the gain of `better` is above TIE and its own standard error over draws of patients (the rule of one
+    standard error, Breiman et al. 1984, on the paired difference): the best of several scales is the luckiest one too,
+    and of a few hundred labels luck is most of what it has.
+    """
+    gain, error = better.score - plain.score, 0.0
+    if better.said_NK is not None and plain.said_NK is not None:
+        error = float(
+            np.nanstd(
+                [
+                    selection(labels, better.said_NK, weights_N) - selection(labels, plain.said_NK, weights_N)
+                    for weights_N in patient_draws(patients, DRAWS, seed)
+                ]
+            )
+        )
+    return gain > max(TIE, error)
 
 
 def _spread(

@@ -272,16 +272,16 @@ class _Ranked(NamedTuple):
         return auroc_K, np.where(np.isnan(auroc_K), math.nan, auprc_K)
 
 
-def selection(labels: Ints, probabilities_NK: Floats) -> float:
+def selection(labels: Ints, probabilities_NK: Floats, weights_N: Floats | None = None) -> float:
     """The number that chooses epochs and settings on validation: AUROC of two classes, macro-F1 of more; with several
     labels a note (0 and 1 [N, K]) macro-AUPRC.
     """
-    ones = np.ones(len(labels))
+    weights = np.ones(len(labels)) if weights_N is None else weights_N
     if labels.ndim == 2:
-        return _mean(_Ranked.of(labels, probabilities_NK).areas(ones)[1])
+        return _mean(_Ranked.of(labels, probabilities_NK).areas(weights)[1])
     if probabilities_NK.shape[1] == 2:
-        return auroc(labels, probabilities_NK[:, 1], ones)
-    return macro_f1(labels, probabilities_NK, ones)
+        return auroc(labels, probabilities_NK[:, 1], weights)
+    return macro_f1(labels, probabilities_NK, weights)
 
 
 def _mean(values_K: Floats) -> float:

@@ -88,6 +88,34 @@ def test_states_that_say_nothing_are_left_out_and_those_that_say_all_are_used() 
         assert (said["test"].argmax(1) == labels[:30]).mean() > 0.9
 
 
+def test_a_gain_counts_where_it_is_above_its_standard_error_over_patients() -> None:
+    """Eight of ten notes are told right, other ones than the seven before: of 20 patients that may be luck."""
+
+    def said(right: list[bool], labels: np.ndarray) -> regression.Choice:
+        sure = np.where(right, labels, 1 - labels)
+        said_NK = np.eye(2)[sure] * 0.8 + 0.1
+        return regression.Choice(1.0, frozen.selection(labels, said_NK), said_NK)
+
+    def surely(notes: int, patients: list[str]) -> bool:
+        labels = np.arange(notes) // 10 % 2
+        plain = said([n % 10 in (0, 1, 2, 3, 4, 5, 6) for n in range(notes)], labels)
+        better = said([n % 10 in (1, 2, 3, 4, 5, 6, 7, 8) for n in range(notes)], labels)
+        assert better.score - plain.score > 10 * frozen.TIE
+        return frozen._surely(better, plain, labels, patients, 1)
+
+    assert surely(400, [f"p{n}" for n in range(400)])
+    assert not surely(20, [f"p{n}" for n in range(20)])
+    assert not surely(400, [f"p{n % 20}" for n in range(400)])  # notes of a patient are one chance, not twenty
+
+
+def test_a_gain_no_larger_than_a_tie_does_not_count_however_sure() -> None:
+    labels = np.arange(4000) % 2
+    sure = np.where(np.arange(4000) < 4, 1 - labels, labels)  # two thousandths less
+    one, other = (regression.Choice(1.0, frozen.selection(labels, p), p) for p in (np.eye(2)[labels], np.eye(2)[sure]))
+    assert 0 < one.score - other.score < frozen.TIE
+    assert not frozen._surely(one, other, labels, [f"p{n}" for n in range(4000)], 1)
+
+
 def test_of_a_whole_note_there_are_fewer_topics_than_beside_a_mention() -> None:
     random = np.random.default_rng(5)
     words = [f"word{n}" for n in range(400)]
