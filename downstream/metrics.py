@@ -76,6 +76,31 @@ def auroc_within(folds_N: Ints) -> Metric:
     return within
 
 
+def roc_within(labels_N: Ints, scores_N: Floats, folds_N: Ints) -> tuple[Floats, Floats]:
+    """(false positive rates, true positive rates): at every rate of false positives the mean of the folds' curves, each
+    weighted by its pairs (vertical averaging, Fawcett 2006, doi:10.1016/j.patrec.2005.10.010); the area under it is
+    `auroc_within`. A fold without one of the classes has none; nothing at all where every fold is one.
+    """
+    curves, pairs = [], []
+    for fold in np.unique(folds_N):
+        rows = folds_N == fold
+        labels, ones = labels_N[rows], np.ones(int(rows.sum()))
+        if _both(labels, ones):
+            curves.append(roc(labels, scores_N[rows], ones))
+            pairs.append((labels == 1).sum() * (labels == 0).sum())
+    false_G = np.unique(np.concatenate([np.empty(0), *(false_N for false_N, _ in curves)]))
+    ends_2G = np.zeros((2, len(false_G)))  # where a curve rises straight up, its foot and its top
+    for count, (false_N, true_N) in zip(pairs, curves, strict=True):
+        share = count / sum(pairs)
+        after, before = np.searchsorted(false_N, false_G), np.searchsorted(false_N, false_G, "right") - 1
+        width = false_N[after] - false_N[before]
+        along = np.divide(false_G - false_N[before], width, out=np.zeros(len(false_G)), where=width > 0)
+        between = true_N[before] + along * (true_N[after] - true_N[before])
+        ends_2G[0] += share * np.where(width > 0, between, true_N[after])
+        ends_2G[1] += share * np.where(width > 0, between, true_N[before])
+    return np.repeat(false_G, 2), ends_2G.T.reshape(-1)
+
+
 def precision_recall(labels_N: Ints, scores_N: Floats, weights_N: Floats) -> tuple[Floats, Floats]:
     """(recalls, precisions) at every distinct score, from the highest down."""
     positives, negatives = _curve(labels_N, scores_N, weights_N)

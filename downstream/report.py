@@ -26,7 +26,7 @@ from downstream.metrics import (
     per_class,
     precision_recall,
     reliability,
-    roc,
+    roc_within,
 )
 from downstream.tasks.examples import Cohort, Example
 
@@ -122,7 +122,7 @@ def write(out: str, outcome: Outcome) -> None:
     more: dict[str, Any] = {}
     if binary:
         counts["positives"] = int(labels.sum())
-        storage.write_bytes(storage.join(out, "curves.png"), _curves_png(labels, compared, scores))
+        storage.write_bytes(storage.join(out, "curves.png"), _curves_png(labels, compared, np.array(folds), scores))
     else:
         more["per_class"] = _per_class(labels, systems["model"], classes)
         if not cohort.several:
@@ -230,16 +230,18 @@ def _predictions(outcome: Outcome, systems: Mapping[str, Floats]) -> bytes:
     return written.getvalue()
 
 
-def _curves_png(labels_N: Any, systems: Mapping[str, Floats], scores: Mapping[str, Mapping[str, Interval]]) -> bytes:
-    """ROC, precision over recall, and reliability, side by side."""
+def _curves_png(
+    labels_N: Ints, systems: Mapping[str, Floats], folds_N: Ints, scores: Mapping[str, Mapping[str, Interval]]
+) -> bytes:
+    """ROC (the mean of the folds'), precision over recall, and reliability, side by side."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")  # no pyplot: it needs no display and keeps no state
     left, middle, right = figure.subplots(1, 3)
     ones = np.ones(len(labels_N))
     for system, p_NK in systems.items():
-        false_N, true_N = roc(labels_N, p_NK[:, 1], ones)
-        left.plot(false_N, true_N, label=f"{system}, AUROC {scores[system]['auroc']}")
+        rates = roc_within(labels_N, p_NK[:, 1], folds_N)
+        left.plot(*rates, label=f"{system}, AUROC {scores[system]['auroc']}")
         recall_N, precision_N = precision_recall(labels_N, p_NK[:, 1], ones)
         middle.plot(recall_N, precision_N, label=f"{system}, AUPRC {scores[system]['auprc']}")
         said, seen, _ = zip(*reliability(labels_N, p_NK[:, 1], ones), strict=True)
@@ -247,7 +249,11 @@ def _curves_png(labels_N: Any, systems: Mapping[str, Floats], scores: Mapping[st
     for axes in (left, right):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     middle.axhline(labels_N.mean(), color="grey", linewidth=0.8, linestyle=":")
-    left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC")
+    left.set(
+        xlabel="1 - specificity",
+        ylabel="sensitivity",
+        title="ROC" + ", mean of the folds" * (len(np.unique(folds_N)) > 1),
+    )
     middle.set(xlabel="recall", ylabel="precision", title="precision and recall")
     right.set(xlabel="probability that was said", ylabel="share that came true", title="reliability")
     for axes, place in ((left, "lower right"), (middle, "upper right"), (right, "upper left")):

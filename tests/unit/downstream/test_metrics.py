@@ -32,6 +32,7 @@ from downstream.metrics import (
     macro_f1,
     patient_draws,
     per_class,
+    roc_within,
     rp80,
     selection,
     sensitivity_90,
@@ -58,6 +59,24 @@ def test_auroc_within_folds_does_not_compare_the_scores_of_two_models() -> None:
     two_NK = np.stack([1 - moved_N, moved_N], 1)
     found = evaluate(labels_N, {"model": two_NK}, [str(n) for n in range(90)], 5, 1, folds_N.tolist())
     assert found["model"]["auroc"].value == within(labels_N, moved_N, np.ones(90))
+
+
+def test_the_curve_of_folds_is_the_mean_of_their_curves_and_has_their_area() -> None:
+    # One fold is ranked rightly, of the other half: up to the first false positive 1 and ½, then 1 and 1.
+    labels_N, folds_N = np.array([1, 1, 0, 0, 1, 1, 0, 0]), np.repeat([0, 1], 4)
+    scores_N = np.array([9.0, 8, 2, 1, 90, 70, 80, 60])
+    false_G, true_G = roc_within(labels_N, scores_N, folds_N)
+    assert false_G.tolist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert true_G.tolist() == [0, 0.75, 0.75, 1, 1, 1]
+    generator = np.random.default_rng(8)
+    labels_N, folds_N = generator.integers(2, size=90), np.repeat([0, 1, 2], [50, 30, 10])
+    scores_N = labels_N + generator.integers(5, size=90).astype(float)  # many ties
+    false_G, true_G = roc_within(labels_N, scores_N, folds_N)
+    assert (np.diff(false_G) >= 0).all()
+    assert (np.diff(true_G) >= 0).all()
+    area = np.sum(np.diff(false_G) * (true_G[1:] + true_G[:-1]) / 2)
+    assert area == pytest.approx(auroc_within(folds_N)(labels_N, scores_N, np.ones(90)), abs=1e-12)
+    assert [len(side) for side in roc_within(labels_N, scores_N, labels_N)] == [0, 0]  # every fold is one class
 
 
 @pytest.mark.parametrize("seed", range(5))
