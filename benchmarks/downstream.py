@@ -36,7 +36,7 @@ from cluster import cli  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {"work": "", "workers": 2, "patients": 1500, "only": ""}
 FEW = 200
-ASKED_SEED = 5  # of the hospital that is asked; settings were tried on those of seeds 2 and 3
+ASKED_SEED = 6  # of the hospital that is asked; settings were tried on those before
 ROWS = ("model", "scratch", "baseline", "untold", "majority")
 
 

@@ -43,6 +43,7 @@ DRAWS = 200  # of patients, for the standard error of a gain
 TOPICS, TOPICS_BESIDE = 150, 300  # of a whole note, beside a mention
 ENOUGH = 2000  # notes, of those with and without labels, to choose the spread of topics by
 REPEATS = 3  # of the folds, for fewer than MANY notes
+WORDS = 0.3  # how much words count beside the topics of whole notes: of few labels they are most of the noise
 SPREADS = (1.0, 0.0, -1.0)  # of topics: every axis alike, as LSA has them, the first above all
 BESIDE = (16, 64)  # tokens on each side of a mention over which states are averaged
 NEAR, FAR = 15, 60  # words on each side of a mention
@@ -204,7 +205,8 @@ class Frozen:
             elif kind == "states":
                 found[kind] = sparse.csr_matrix(normalize((states_NP - arrays["mean"]) / arrays["deviation"]))
             elif kind == "words":
-                found[kind] = Words(arrays["terms"], arrays["idf"])([told(example) for example in examples])
+                words = Words(arrays["terms"], arrays["idf"])([told(example) for example in examples])
+                found[kind] = words * float(arrays.get("share", 1.0))  # older classifiers have none
             elif kind == "topics":
                 views = _views(examples)
                 for view, texts in enumerate(views):
@@ -296,7 +298,7 @@ def _spread(
     terms_NW = Words.fit(texts, 2)(texts)
     products_NN = (terms_NW @ terms_NW.T).toarray()
     patients = np.array([example.patient_id for example in (*notes, *others)])
-    words_NW = [Words.fit(texts[: len(notes)], 2)(texts[: len(notes)])] if "words" in settings.features else []
+    words_NW = [WORDS * Words.fit(texts[: len(notes)], 2)(texts[: len(notes)])] if "words" in settings.features else []
     said: dict[tuple[float, float], list[Floats]] = {(spread, c): [] for spread in SPREADS for c in STRENGTHS}
     # Of a few hundred labels one cut is a bad guide.
     repeats = range(REPEATS if len(labels) < MANY else 1)
@@ -335,7 +337,8 @@ def _learn_blocks(
         arrays |= {"mean": states_NP.mean(0), "deviation": states_NP.std(0) + 1e-6}
     if "words" in settings.features:
         words = Words.fit([told(example) for example in labelled], 2)
-        arrays |= {"terms": words.terms, "idf": words.idf}
+        beside = "topics" in settings.features and not any(example.mentions for example in labelled)
+        arrays |= {"terms": words.terms, "idf": words.idf, "share": np.array(WORDS if beside else 1.0)}
     if "topics" in settings.features:
         views = _views([*labelled, *unlabelled])
         for view, texts in enumerate(views):

@@ -67,6 +67,22 @@ def test_topics_beside_a_mention_keep_their_spread() -> None:
     assert frozen._spread(FrozenConfig(), notes(60, mention=True), labels, [], 1)[0] == 0.0
 
 
+def test_words_count_less_beside_topics_of_whole_notes_and_in_full_elsewhere() -> None:
+    settings = FrozenConfig(features=("words", "topics"), topics=5)
+    cases = (
+        (settings, False, frozen.WORDS),
+        (settings, True, 1.0),
+        (FrozenConfig(features=("words",)), False, 1.0),
+    )
+    for asked, mention, share in cases:
+        examples = notes(60, mention)
+        model = frozen.Frozen(asked, frozen._learn_blocks(asked, examples, np.zeros((60, 0)), [], 0.0, 1))
+        rows = model.blocks(examples, None)["words"]
+        np.testing.assert_allclose(np.sqrt(rows.multiply(rows).sum(1)), share)
+        again = frozen.Frozen.load(asked, model.save()).blocks(examples, None)["words"]
+        assert (again != rows).nnz == 0
+
+
 def test_states_that_say_nothing_are_left_out_and_those_that_say_all_are_used() -> None:
     learned, asked = notes(90), notes(30)
     labels = np.array([one.label for one in learned])
