@@ -188,12 +188,13 @@ def _learn_frozen(
     recipe, fold = work.recipe, work.folds[part.fold]
     reader = build(trained, len(work.cohort.classes), recipe.head, part.seed)
     done = 0
-    with logs.progress(part.name, sum(len(note.tokens) for name in SPLITS for note in notes[name])) as show:
+    total = sum(len(note.tokens) for name in SPLITS for note in notes[name])
+    with logs.progress(f"{part.name}, reading", total) as show:
 
         def advance(read_tokens: int, note: str) -> None:
             nonlocal done
             done += read_tokens
-            show(done, "reading")
+            show(done, "")
 
         data = {}
         for name in SPLITS:
@@ -205,6 +206,8 @@ def _learn_frozen(
     if work.unlabelled and not any(example.mentions for example in fold.train):
         unlabelled = [*unlabelled, *(Example("", patient, text, -1) for patient, text in lm_notes(work, fold))]
     found, model, chosen = frozen.fit(recipe.frozen, data, unlabelled, recipe.seeds[0])
+    counting = f", states count {chosen['scale']:g}" if "states" in recipe.frozen.features else ""
+    logs.say(f"{part.name}: chosen by cross-validation: C {chosen['strength']:g}{counting}")
     return found, model.save(), [{"stage": "regression", **chosen}]
 
 
