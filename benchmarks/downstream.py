@@ -5,7 +5,7 @@
 1. open text → shards → a small Transformer-XL (recipes/open-text). No report that is tested is in it.
 2. specialty and mention status of MTSamples, 200 labels and all, five folds; for the status the model has read the
    reports of the other folds ([lm]), without labels.
-3. synthetic hospitals: pretrained on the notes of one, readmission from the discharge summaries of five others, 200 of
+3. synthetic hospitals: pretrained on the notes of one, readmission from the discharge summaries of three others, 200 of
    each labelled and, of the first, all; five folds. Pairs are of one fold, intervals over patients of all hospitals.
 
 Every row stays in the tables, also where a bar wins. Interrupted, the same command goes on from what stands in `work`.
@@ -41,7 +41,7 @@ from downstream.tasks.readmission import CLASSES  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {"work": "", "workers": 2, "patients": 1500, "only": ""}
 FEW = 200
-ASKED_SEEDS = (6, 7, 8, 9, 10)  # of the hospitals that are asked; settings were tried on those before
+ASKED_SEEDS = (6, 7, 8)  # of the hospitals that are asked; settings were tried on those before
 DRAWS = 1000
 ROWS = ("model", "scratch", "baseline", "untold", "majority")
 
