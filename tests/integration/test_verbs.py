@@ -74,7 +74,8 @@ def test_every_verb(tmp_path: Path, corpus: str, name: str, capfd: pytest.Captur
         with threadpool_limits(1):
             finetune.main([f"run={run}", f"out={tmp_path}/{out}", f"workers={workers}", *task, *quick, *read])
         said = capfd.readouterr().out
-        assert "fold-1-scratch-seed-1: done in" in said  # also where it was a task that said so
+        assert "fold-1-scratch-seed-1, reading: done in" in said  # also where it was a task that said so
+        assert "fold-1-scratch-seed-1: chosen by cross-validation: C " in said
         assert not workers or "fold 2: LM fine-tuning: done in" in said
     assert (tmp_path / "ray/results.json").read_bytes() == (tmp_path / "here/results.json").read_bytes()
     kept = {path.name: json.loads(path.read_text()) for path in (tmp_path / "forward").glob("evaluation-*.json")}
