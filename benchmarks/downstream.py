@@ -102,8 +102,8 @@ def of_hospitals(work: Path, patients: int, workers: int) -> dict[str, dict[str,
         outs = [work / f"readmission-{size}-{seed}" for seed in seeds]
         for seed, out in zip(seeds, outs, strict=True):
             one = finetuned("recipes/demo/finetune.toml", out, f"task.tables={work}/hospital-{seed}", *keys, *labels)
-            gains = [f"{100 * one[f'difference_{than}auroc']:+.1f}" for than in ("", "scratch_")]
-            print(f"hospital {seed}, {size} labels: {100 * one['auroc']:.1f}, less baseline and scratch: {gains}")
+            gains = " and ".join(f"{100 * one[f'difference_{than}auroc']:+.1f}" for than in ("", "scratch_"))
+            print(f"hospital {seed}, {size} labels: {100 * one['auroc']:.1f}, less baseline and scratch {gains}")
         found[f"readmission_{size}"] = together(outs)
     return found
 
