@@ -13,19 +13,18 @@ import numpy as np
 import scipy.sparse as sparse
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold
 
 from downstream.concepts.features import BUCKETS, Examples
-from downstream.metrics import Floats, Ints
+from downstream.metrics import Floats, Ints, patient_draws
 
 C = 1.0  # inverse regularization
 PARTS = 4  # of documents, for the offsets and the scale
 SCALES = (0.0, 1.0, 3.0)  # of the states
 WEIGHTS = (0.03, 0.1)  # of a mention of other corpora
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what tuned models say, beside the regression
-TIE = 0.005  # macro-F1
 OFFSETS = np.linspace(-2, 4, 25)
+DRAWS = 100  # of documents
 LEAST = -20.0  # log-probability
 
 # What was said of documents left out (log-probabilities [N, classes]) by kinds, scale and weight.
@@ -69,9 +68,9 @@ class Regression(NamedTuple):
         others: Examples | None = None,
         left_out: LeftOut | None = None,
     ) -> Regression:
-        """How much the states count, and the offsets, are those of the best macro-F1 on the documents that were left
-        out in turn. Mentions of other corpora, and tuned models, count as much as finds the truth there the likeliest,
-        if macro-F1 is higher with them. What `left_out` holds already, of the same mentions, is not calculated again.
+        """The states, then mentions of other corpora, then tuned models count as much as finds the truth the likeliest
+        in documents that were left out in turn, and nothing if macro-F1 there gains no more than by chance. What
+        `left_out` holds already, of the same mentions, is not calculated again.
         """
         left_out = {} if left_out is None else left_out
         known, beside = _Rows.of(examples, name, kinds), _Rows.of(others, name, kinds) if others else None
@@ -79,6 +78,8 @@ class Regression(NamedTuple):
         parts = _parts(known.truth_N, examples.documents)
         seen = np.concatenate([np.zeros(0, int), *(held for _, held in parts)])
         truth_N = places_N[seen]
+        documents = examples.documents[seen].tolist()
+        draws_DN = np.stack([*patient_draws(documents, DRAWS, 0)]) if documents else np.zeros((0, 0))
 
         def said_of(scale: float, weight: float) -> Floats:
             if (kinds, scale, weight) not in left_out:
@@ -90,20 +91,18 @@ class Regression(NamedTuple):
             return left_out[kinds, scale, weight]
 
         tried = {scale: said_of(scale, 0.0) for scale in (SCALES if known.states_NP.shape[1] else SCALES[:1])}
-        scores = {scale: _offsets(logs_NK, truth_N)[1] for scale, logs_NK in tried.items()}
-        # Of nearly equal ones the least: with few mentions of a value the differences are chance.
-        scale = next(one for one in tried if scores[one] >= max(scores.values()) - TIE)
+        scale = _likeliest(tried, truth_N, draws_DN)
         weighed = {0.0: tried[scale]}
         if beside:
             weighed |= {weight: said_of(scale, weight) for weight in WEIGHTS}
-        weight = _likeliest(weighed, truth_N)
+        weight = _likeliest(weighed, truth_N, draws_DN)
         tuned_NK = tuned_logs(examples, name, classes)
         heard = {0.0: weighed[weight]}
         if tuned_NK is not None:
             heard = {share: mix(weighed[weight], tuned_NK[seen], share) for share in SHARES}
-        share = _likeliest(heard, truth_N)
+        share = _likeliest(heard, truth_N, draws_DN)
         fitted = cls._fitted(kinds, known, scale, beside, weight)
-        return fitted._replace(offsets_K=_offsets(heard[share], truth_N)[0], share=share)
+        return fitted._replace(offsets_K=_offsets(heard[share], truth_N, draws_DN), share=share)
 
     @classmethod
     def _fitted(cls, kinds: bool, known: _Rows, scale: float, others: _Rows | None, weight: float) -> Regression:
@@ -157,13 +156,17 @@ def _parts(truth_N: np.ndarray, documents: np.ndarray) -> list[tuple[Ints, Ints]
     return [(rows, held) for rows, held in parts if len(set(truth_N[rows])) == len(set(truth_N))]
 
 
-def _likeliest(tried: Mapping[float, Floats], truth_N: Ints) -> float:
+def _likeliest(tried: Mapping[float, Floats], truth_N: Ints, draws_DN: Floats) -> float:
     """Of log-probabilities [N, classes] those that find the truth the likeliest, where their macro-F1 is above that of
-    the first: one of several F1 is the highest by chance, as it counts few mentions, and the likelihood all of them.
+    the first by more than the standard error of the gain over draws of documents: one of several F1 is the highest by
+    chance, as it counts few mentions, and the likelihood all of them.
     """
     first = next(iter(tried))
     found = max(tried, key=lambda one: tried[one][np.arange(len(truth_N)), truth_N].sum())
-    return max((first, found), key=lambda one: _offsets(tried[one], truth_N)[1])
+    if found == first:
+        return first
+    (whole, *gains) = (_scores(tried[found], truth_N, draws_DN) - _scores(tried[first], truth_N, draws_DN)).tolist()
+    return found if whole > np.std(gains) else first
 
 
 def tuned_logs(examples: Examples, name: str, classes: Iterable[str]) -> Floats | None:
@@ -185,21 +188,38 @@ def mix(logs_NK: Floats, tuned_NK: Floats | None, share: float) -> Floats:
     return mixed
 
 
-def _offsets(log_NK: Floats, truth_N: np.ndarray) -> tuple[Floats, float]:
-    """For every class but the most frequent one what brings most macro-F1, one after the other, and that score."""
-    offsets_K, score = np.zeros(log_NK.shape[1]), 0.0
+def _offsets(log_NK: Floats, truth_N: Ints, draws_DN: Floats) -> Floats:
+    """For every class but the most frequent one what brings most macro-F1, one after the other: the mean of what does
+    in each draw of documents (bagging, Breiman 1996), since where F1 of few mentions is highest is chance.
+    """
+    offsets_K = np.zeros(log_NK.shape[1])
     if not len(truth_N):
-        return offsets_K, score
-    usual = int(np.bincount(truth_N, minlength=len(offsets_K)).argmax())
-    for k in range(len(offsets_K)):
-        if k == usual:
-            continue
-        tried = []
-        for step in OFFSETS:
-            offsets_K[k] = step
-            said_N = (log_NK + offsets_K).argmax(1)
-            tried.append(f1_score(truth_N, said_N, average="macro", zero_division=0.0))
-        # a plateau's middle: its edges are chance
-        best = np.flatnonzero(np.array(tried) >= max(tried) - 1e-9)
-        offsets_K[k], score = OFFSETS[best[len(best) // 2]], max(tried)
-    return offsets_K, score
+        return offsets_K
+    classes = np.arange(len(offsets_K))
+    usual = int(np.bincount(truth_N).argmax())
+    for k in classes[classes != usual]:
+        said_SN = np.stack([(log_NK + np.where(classes == k, step, offsets_K)).argmax(1) for step in OFFSETS])
+        scores_DS = _macro_f1(said_SN, truth_N, draws_DN[draws_DN @ (truth_N == k) > 0], len(classes))
+        # of each draw a plateau's middle: its edges are chance
+        best = [np.flatnonzero(scores_S >= scores_S.max() - 1e-9) for scores_S in scores_DS]
+        if best:
+            offsets_K[k] = np.mean([OFFSETS[places[len(places) // 2]] for places in best])
+    return offsets_K
+
+
+def _scores(log_NK: Floats, truth_N: Ints, draws_DN: Floats) -> Floats:
+    """Macro-F1 with offsets: of all, then of every draw."""
+    said_N = (log_NK + _offsets(log_NK, truth_N, draws_DN)).argmax(1)
+    every_DN = np.concatenate([np.ones((1, len(truth_N))), draws_DN])
+    return _macro_f1(said_N[None], truth_N, every_DN, log_NK.shape[1])[:, 0]
+
+
+def _macro_f1(said_SN: Ints, truth_N: Ints, draws_DN: Floats, classes: int) -> Floats:
+    """[D, S]: of every draw, of S answers."""
+    total_DS = np.zeros((len(draws_DN), len(said_SN)))
+    for k in range(classes):
+        said_NS, true_N = (said_SN == k).T.astype(float), (truth_N == k).astype(float)
+        either_DS = draws_DN @ said_NS + (draws_DN @ true_N)[:, None]
+        total_DS += 2 * (draws_DN @ (said_NS * true_N[:, None])) / np.maximum(either_DS, 1.0)
+    scores_DS: Floats = total_DS / classes
+    return scores_DS
