@@ -69,8 +69,8 @@ class Regression(NamedTuple):
         left_out: LeftOut | None = None,
     ) -> Regression:
         """The states, then mentions of other corpora, then tuned models count as much as finds the truth the likeliest
-        in documents that were left out in turn, and nothing if macro-F1 there gains no more than by chance. What
-        `left_out` holds already, of the same mentions, is not calculated again.
+        in documents that were left out in turn, and nothing if macro-F1 gains nothing there (of states no more than its
+        standard error). What `left_out` holds already, of the same mentions, is not calculated again.
         """
         left_out = {} if left_out is None else left_out
         known, beside = _Rows.of(examples, name, kinds), _Rows.of(others, name, kinds) if others else None
@@ -91,7 +91,7 @@ class Regression(NamedTuple):
             return left_out[kinds, scale, weight]
 
         tried = {scale: said_of(scale, 0.0) for scale in (SCALES if known.states_NP.shape[1] else SCALES[:1])}
-        scale = _likeliest(tried, truth_N, draws_DN)
+        scale = _likeliest(tried, truth_N, draws_DN, errors=1.0)
         weighed = {0.0: tried[scale]}
         if beside:
             weighed |= {weight: said_of(scale, weight) for weight in WEIGHTS}
@@ -156,17 +156,17 @@ def _parts(truth_N: np.ndarray, documents: np.ndarray) -> list[tuple[Ints, Ints]
     return [(rows, held) for rows, held in parts if len(set(truth_N[rows])) == len(set(truth_N))]
 
 
-def _likeliest(tried: Mapping[float, Floats], truth_N: Ints, draws_DN: Floats) -> float:
+def _likeliest(tried: Mapping[float, Floats], truth_N: Ints, draws_DN: Floats, errors: float = 0.0) -> float:
     """Of log-probabilities [N, classes] those that find the truth the likeliest, where their macro-F1 is above that of
-    the first by more than the standard error of the gain over draws of documents: one of several F1 is the highest by
-    chance, as it counts few mentions, and the likelihood all of them.
+    the first by more than so many standard errors of the gain over draws of documents: one of several F1 is the highest
+    by chance, as it counts few mentions, and the likelihood all of them.
     """
     first = next(iter(tried))
     found = max(tried, key=lambda one: tried[one][np.arange(len(truth_N)), truth_N].sum())
     if found == first:
         return first
     (whole, *gains) = (_scores(tried[found], truth_N, draws_DN) - _scores(tried[first], truth_N, draws_DN)).tolist()
-    return found if whole > np.std(gains) else first
+    return found if whole > errors * np.std(gains) else first
 
 
 def tuned_logs(examples: Examples, name: str, classes: Iterable[str]) -> Floats | None:

@@ -60,4 +60,5 @@ def test_what_counts_is_a_gain_that_documents_agree_on(documents: int) -> None:
     draws_DN = drawn((mention_N >= 80).astype(int) if documents == 2 else mention_N % 80 // 4)
     whole = [regression._scores(one, truth_N, draws_DN)[0] for one in tried.values()]
     assert whole[1] > whole[0] + 0.1
-    assert regression._likeliest(tried, truth_N, draws_DN) == (1.0 if documents == 20 else 0.0)
+    assert regression._likeliest(tried, truth_N, draws_DN) == 1.0
+    assert regression._likeliest(tried, truth_N, draws_DN, errors=1.0) == (1.0 if documents == 20 else 0.0)
