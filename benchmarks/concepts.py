@@ -7,8 +7,10 @@ two language models, one of which reads backwards), `plain` the same without the
 `words` TF-IDF of the words beside the mention with logistic regression. The models are trained in `work`, an hour on
 two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. There they also
 learn from passages of known sections (`[tune] epochs=5`). For MACCROBAT the reader (and `plain`) also learns from
-NegEx and from what MTSamples' headings say of conditions, as `finetune beside=` does. `rivals` is the Python of an
-environment as concepts_rivals.py describes. F1 with 95% intervals over documents.
+NegEx and from what MTSamples' headings say of conditions, as `finetune beside=` does, and models learn from these, from
+what those headings say of clauses (`sections=`), and then from the reports of the other folds; `untuned` is without
+such models. `rivals` is the Python of an environment as concepts_rivals.py describes. F1 with 95% intervals over
+documents.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +44,12 @@ from given import given  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.model_selection import GroupKFold  # noqa: E402
 
-from downstream.concepts import dates, labs, schema, sections  # noqa: E402
+from cluster.config import fingerprint  # noqa: E402
+from downstream.concepts import clauses, dates, labs, schema, sections  # noqa: E402
 from downstream.concepts.annotate import Annotator  # noqa: E402
 from downstream.concepts.attributes import Attribute, Attributes  # noqa: E402
 from downstream.concepts.cues import DEFAULTS  # noqa: E402
-from downstream.concepts.evaluate import folded, out_of_fold, scored  # noqa: E402
+from downstream.concepts.evaluate import Fold, folded, out_of_fold, scored  # noqa: E402
 from downstream.concepts.features import Examples  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
 from downstream.concepts.passages import TunedPassages  # noqa: E402
@@ -53,12 +58,19 @@ from downstream.concepts.schema import Note  # noqa: E402
 from downstream.concepts.states import States  # noqa: E402
 from downstream.concepts.tagger import SectionTagger, _normal  # noqa: E402
 from downstream.concepts.train import OTHERS  # noqa: E402
-from downstream.concepts.tuned import TuneConfig  # noqa: E402
+from downstream.concepts.tuned import TuneConfig, Tuned, Tuner  # noqa: E402
 from downstream.concepts.words import Text  # noqa: E402
 from downstream.work import open_models  # noqa: E402
 
 FINDINGS = {"Sign_symptom", "Disease_disorder"}
 EVENTS = FINDINGS | {"Diagnostic_procedure", "Medication", "Therapeutic_procedure", "Clinical_event"}
+# Of MACCROBAT: attribute, value, labels of the mentions.
+ASKED = {
+    "negation": ("negation", "negated", EVENTS),
+    "uncertainty": ("certainty", "uncertain", EVENTS),
+    "history": ("temporality", "historical", FINDINGS | {"History"}),
+    "family": ("experiencer", "family", FINDINGS | {"Family_history"}),
+}
 TIMES = {"CURRENT": "current", "PAST": "historical"}
 TUNE = TuneConfig(epochs=5)
 NOTE_DATE = date(2015, 8, 2)  # the case reports have none
@@ -105,20 +117,80 @@ class Said(NamedTuple):
     rows: np.ndarray
 
 
-def compared(corpus: Corpus, axis: str, value: str, labels: set[str] | None, few: int = 0, seed: int = 0) -> Said:
-    """Five folds by document; with `few` so many mentions of the other folds are learned from. Where an attribute is
-    not annotated it counts as usual: MACCROBAT marks only what is not.
+class Kept(Tuner):
+    """Tuned models that are kept in a folder."""
+
+    folder: Path
+
+    def fit(self, documents: Iterable[str]) -> Tuned:
+        """The same; read, where they were learned before."""
+        return self._kept(fingerprint(sorted(set(documents))), lambda: super(Kept, self).fit(documents))
+
+    @cached_property
+    def begun(self) -> Tuned | None:
+        """The same."""
+        return self._kept("begun", lambda: super(Kept, self).begun)
+
+    def _kept(self, name: str, learn: Callable[[], Any]) -> Any:
+        kept, begun = self.folder / f"tuned-{name[:16]}.npz", time.monotonic()
+        if not kept.exists():
+            unfinished = kept.with_suffix(".tmp.npz")
+            np.savez(unfinished, allow_pickle=False, **learn().arrays())
+            unfinished.replace(kept)
+            print(f"{kept.name}: {time.monotonic() - begun:.0f} s", flush=True)
+        with np.load(kept) as arrays:
+            return Tuned.load(arrays, self.models)
+
+
+def tuned_folds(
+    notes: list[Note], corpus: Corpus, states: States, others: list[Note], work: Path
+) -> tuple[list[Fold], Tuned]:
+    """Five folds by document, in which models are tuned on the reports of the others: on what is asked of all four
+    attributes at once; and those of the first. Where an attribute is not annotated it counts as usual.
+    """
+    told = []
+    for note in notes:
+        spans = []
+        for span in note.spans:
+            said = {
+                axis: value if span.attributes.get(axis) == value else DEFAULTS[axis]
+                for axis, value, labels in ASKED.values()
+                if span.label in labels
+            }
+            spans.append(span.model_copy(update={"attributes": said}))
+        told.append(note.model_copy(update={"spans": spans}))
+    tuner = Kept(states.models, told, TUNE, others)
+    tuner.folder = work
+    examples = corpus.examples._replace(spans=[span for note in told for span in note.spans])
+    cut = folded(examples, examples.documents, 5, 0, tuner, corpus.others)
+    return cut, tuner.fit(cut[0].known.documents)
+
+
+def compared(
+    corpus: Corpus,
+    axis: str,
+    value: str,
+    labels: set[str] | None,
+    few: int = 0,
+    seed: int = 0,
+    tuned: list[Fold] | None = None,
+) -> Said:
+    """Five folds by document, if none are given; with `few` so many mentions of the other folds are learned from. Where
+    an attribute is not annotated it counts as usual: MACCROBAT marks only what is not.
     """
     every = corpus.examples
     rows = np.array([i for i, span in enumerate(every.spans) if labels is None or span.label in labels])
     chosen = every.rows(rows)
     truth = np.array([span.attributes.get(axis) == value for span in chosen.spans])
-    told = [
-        span.model_copy(update={"attributes": {axis: value if true else DEFAULTS[axis]}})
-        for span, true in zip(chosen.spans, truth, strict=True)
-    ]
-    cut = folded(chosen._replace(spans=told), chosen.documents, 5, seed, None, corpus.others)
-    said = out_of_fold(cut, axis, seed, few)
+    if tuned:
+        said = {name: one[rows] for name, one in out_of_fold(tuned, axis).items()}
+    else:
+        told = [
+            span.model_copy(update={"attributes": {axis: value if true else DEFAULTS[axis]}})
+            for span, true in zip(chosen.spans, truth, strict=True)
+        ]
+        cut = folded(chosen._replace(spans=told), chosen.documents, 5, seed, None, corpus.others)
+        said = out_of_fold(cut, axis, seed, few)
     for name in corpus.rivals[0]:
         said[name] = np.array([corpus.rivals[i][name].get(axis, DEFAULTS[axis]) for i in rows])
     return Said(truth, {name: one == value for name, one in said.items()}, chosen.documents.tolist(), rows)
@@ -373,16 +445,17 @@ def main() -> None:
     line["mixed_accuracy"] = mixed(small, found)
     line["negex_f1_200"] = few_labels(small)
     line["negex_historical_f1"] = show("NegEx, historical", compared(small, "temporality", "historical", None))
-    large = large._replace(others=Examples.of([*negex, *from_headings(data)], states))
-    for key, axis, value, labels in (
-        ("negation", "negation", "negated", EVENTS),
-        ("uncertainty", "certainty", "uncertain", EVENTS),
-        ("history", "temporality", "historical", FINDINGS | {"History"}),
-        ("family", "experiencer", "family", FINDINGS | {"Family_history"}),
-    ):
-        line[f"maccrobat_{key}_f1"] = show(f"MACCROBAT, {value}", compared(large, axis, value, labels))
+    beside = [*negex, *from_headings(data)]
+    large = large._replace(others=Examples.of(beside, states))
+    cut, reader = None, Reader(Attributes.fit(large.examples), None, tagger)
+    if states:
+        said = clauses.annotated(open_text.reports_unread(data), [note.text for note in maccrobat])
+        cut, tuned = tuned_folds(maccrobat, large, states, [*beside, *said], Path(words["work"]))
+        reader = Reader(Attributes.fit(cut[0].known, cut[0].others), states, tagger, tuned)
+    for key, (axis, value, labels) in ASKED.items():
+        line[f"maccrobat_{key}_f1"] = show(f"MACCROBAT, {value}", compared(large, axis, value, labels, tuned=cut))
     transfer(small, large)
-    line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, Reader(Attributes.fit(large.examples), states, tagger))
+    line["seconds_per_200_concepts"] = seconds_a_note(maccrobat, reader)
     print(json.dumps(line))
 
 

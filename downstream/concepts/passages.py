@@ -6,6 +6,7 @@ passage ─► the models, both ways ─► mean and maximum of their states ─
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,11 +54,8 @@ class TunedPassages(OnTop):
             step = learning.steps(epochs * -(-len(passages) // LANES))
             for _ in range(epochs):
                 for rows in _batches(lengths_N, learning.draws):
-                    together = [[of[row] for row in rows] for of in tokens]
-                    read = zip(learning.encoders, together, strict=True)
-                    states_NP = torch.cat([_pooled(one, _noisy(of, learning.draws)) for one, of in read], 1)  # type: ignore[arg-type]
-                    (logits_NK,) = learning.head(states_NP, learning.drop)
-                    functional.cross_entropy(logits_NK, truth_N[rows].to(learning.device)).backward()
+                    given = [(_noisy([of[row] for row in rows], learning.draws),) for of in tokens]
+                    learning.add_gradients(_pooled, given, partial(_loss, truth_N[rows].to(learning.device)))
                     step()
                 passed()
         return cls(learning.learned(), learning.head, {"section": names})
@@ -101,6 +99,10 @@ def _noisy(tokens: list[Tensor], draws: torch.Generator) -> list[Tensor]:
         others_T = tokens_T[torch.randperm(len(tokens_T), generator=draws)]
         found.append(torch.where(torch.rand(len(tokens_T), generator=draws) < NOISE, others_T, tokens_T))
     return found
+
+
+def _loss(truth_B: Tensor, said: list[Tensor]) -> Tensor:
+    return functional.cross_entropy(said[0], truth_B)
 
 
 def _pooled(encoder: Encoder, tokens: list[Tensor]) -> Tensor:

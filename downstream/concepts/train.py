@@ -23,7 +23,7 @@ from cluster import config, logs, storage, tracking
 from cluster.config import Place, Section
 from cluster.errors import ConfigError, DataError
 from cluster.tracking import TrackingConfig
-from downstream.concepts import formats, sections
+from downstream.concepts import clauses, formats, sections
 from downstream.concepts.attributes import Attributes
 from downstream.concepts.evaluate import asked_about, folded, tested
 from downstream.concepts.features import Examples
@@ -65,7 +65,8 @@ class ConceptsRecipe(Section):
     run: Place | None = Field(None, description="run directory of a pretrained language model")
     backward: Place | None = Field(None, description="run of one that reads backwards; both are read")
     sections: Place | None = Field(
-        None, description="notes with headings: CSV, JSON lines or Parquet; it learns sections"
+        None,
+        description="notes with headings: CSV, JSON lines or Parquet; it learns sections, tuned models what these say",
     )
     text: str = Field("text", description="column of the note there")
     out: Place | None = Field(None, description="where the reader goes; RUN/finetune/concepts if not given")
@@ -101,6 +102,7 @@ def main(args: list[str]) -> None:
         logs.say(f"{out}: finished before with this recipe and these notes; nothing left to do")
         return
     states = States(models) if models else None
+    headed = [cells[0] for cells in rows(recipe.sections, [recipe.text])] if recipe.sections else []
     with logs.progress("reading annotated notes", len(notes) + len(others)) as advance:
         examples = Examples.of(notes, states, advance)
         beside = Examples.of(others, states, lambda done, rate: advance(len(notes) + done, rate)) if others else None
@@ -109,10 +111,15 @@ def main(args: list[str]) -> None:
     groups, tuned = np.array([by_document[document] for document in examples.documents]), None
     names = asked_about(examples, groups, recipe.folds)
     if recipe.tune.epochs and states:
+        said = clauses.annotated(headed, [note.text for note in notes])
+        tuner = Tuner(states.models, notes, recipe.tune, [*others, *said])
+        if tuner.others:
+            count = sum(len(note.spans) for note in tuner.others)
+            logs.say(f"the models learn first from {count:,} mentions and clauses of other notes")
         # One for every part of the documents and for all of them, in every fold and at the end.
         passes, passed = recipe.tune.epochs * (PARTS + 1) * (recipe.folds + 1), itertools.count(1)
-        with logs.progress("tuning the models", passes) as advance:
-            tuner = Tuner(states.models, notes, recipe.tune, lambda: advance(next(passed), ""))
+        with logs.progress("tuning the models", passes + bool(tuner.others)) as advance:
+            tuner.passed = lambda: advance(next(passed), "")
             cut = folded(examples, groups, recipe.folds, recipe.seed, tuner, beside)
             tuned, examples = tuner.fit(examples.documents), tuner.crossed(examples)
     else:
@@ -124,7 +131,7 @@ def main(args: list[str]) -> None:
     if tuned and not attributes.hear_tuned():
         logs.say("the tuned models add nothing to the words and states; they are not kept")
         tuned = None
-    Reader(attributes, states, _tagger(recipe, notes, states), tuned).save(storage.join(out, FILE))
+    Reader(attributes, states, _tagger(recipe, notes, headed, states), tuned).save(storage.join(out, FILE))
     facts = {"task": "concepts", "lineage": {("backward" if m.backward else "model"): lineage(m) for m in models}}
     counts = {"notes": len(notes), "mentions": len(examples.spans)}
     storage.write_json(storage.join(out, RESULTS), {**facts, **about, **counts, "values": results})
@@ -197,12 +204,13 @@ def _show_counts(examples: Examples) -> None:
     logs.table(f"{len(examples.spans):,} mentions", ["attribute", "value", "mentions"], lines)
 
 
-def _tagger(recipe: ConceptsRecipe, notes: Sequence[Note], states: States | None = None) -> SectionTagger | None:
+def _tagger(
+    recipe: ConceptsRecipe, notes: Sequence[Note], headed: Sequence[str], states: States | None
+) -> SectionTagger | None:
     """Learned from what stands under the headings of all notes at hand; None where that is little."""
     texts = dict.fromkeys(note.text for note in notes)
     own = len(texts)
-    if recipe.sections:
-        texts |= dict.fromkeys(cells[0] for cells in rows(recipe.sections, [recipe.text]))
+    texts |= dict.fromkeys(headed)
     passages, labels, groups = [], [], []
     for number, text in enumerate(texts):
         for section in sections.find(text):

@@ -3,6 +3,8 @@
     note ─► the models, both ways ─► states beside each mention (states.py) ─► 256 units ─┬─► a softmax an attribute
                                                                                           └─► one of the spans' labels
 
+    other annotated notes, what headings say (clauses.py): one pass ─► one's own annotated notes: as many as asked
+
 All attributes are learned at once, each from the spans that have it, as in Collobert & Weston 2008. The label is asked
 for while it learns only: that a phrase is a drug, a finding or a date is most of what few notes can teach.
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -53,8 +57,12 @@ Passed = Callable[[], None]
 
 class _Piece(NamedTuple):
     read: list[tuple[Tensor, Tensor]]  # by model: tokens [1, T], edges of the windows [N, W, 2]
-    labels_N: Tensor
-    values: list[Tensor]  # by attribute the places of the values [N], -1 where a span has none
+    truths: list[Tensor]  # by what the head says the places of the values [N], -1 where a span has none
+
+    @property
+    def spans(self) -> int:
+        """How many."""
+        return len(self.truths[0])
 
 
 class OnTop:
@@ -108,6 +116,20 @@ class Learning:
             nn.init.uniform_(layer.weight, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=self.draws)
             nn.init.zeros_(layer.bias)
         self.head.to(self.device)
+        # At a time, as they read (states.py).
+        threads = max(1, torch.get_num_threads() // len(models))
+        self._pool = ThreadPoolExecutor(len(models), "learning", torch.set_num_threads, (threads,))
+
+    def add_gradients(
+        self, reads: Callable[..., Tensor], given: Sequence[tuple[Any, ...]], loss_of: Callable[[list[Tensor]], Tensor]
+    ) -> None:
+        """Those of the loss of what the head says, where every model `reads` what it is given: [N, its numbers]."""
+        read = [*self._pool.map(lambda encoder, one: reads(encoder, *one), self.encoders, given)]
+        seen_NP = torch.cat([one.detach() for one in read], 1).requires_grad_()
+        loss_of(self.head(seen_NP, self.drop)).backward()  # type: ignore[no-untyped-call]
+        assert seen_NP.grad is not None
+        parts = seen_NP.grad.split([one.shape[1] for one in read], 1)
+        list(self._pool.map(Tensor.backward, read, parts))
 
     def steps(self, total: int) -> Callable[[], None]:
         """What takes a step with the gradients at hand: of so many, whose rate rises and falls."""
@@ -148,24 +170,31 @@ class Tuned(OnTop):
         labels: list[str],
         config: TuneConfig,
         passed: Passed,
+        head: Head | None = None,
     ) -> Tuned:
-        """Learned from the spans of the notes, of which the values by attribute and the labels are among those given;
-        the same notes in the same order give the same. `passed` is called after each pass over them.
+        """Learned from the spans of the notes: the values given by attribute, and the labels where any are; the same
+        notes in the same order give the same. `passed` is called after each pass over them. `head` is what the models
+        were tuned with before, if they were.
         """
-        sizes, seed = [*map(len, classes.values()), len(labels)], fingerprint([note.doc_id for note in notes])
+        known = [*classes.values(), *([labels] if labels else [])]
+        sizes, seed = [*map(len, known)], fingerprint([note.doc_id for note in notes])
         learning = Learning(models, len(windows_of(1, (0, 1))), sizes, seed, config)
+        if head:
+            learning.head.load_state_dict(head.state_dict(), strict=False)  # it has no labels
         pieces = [_piece(models, *cut, classes, labels) for note in notes for cut in _cuts(note)]
         step = learning.steps(config.epochs * -(-len(pieces) // TOGETHER))
         for _ in range(config.epochs):
             order = torch.randperm(len(pieces), generator=learning.draws).tolist()
             for first in range(0, len(order), TOGETHER):
                 together = [pieces[place] for place in order[first : first + TOGETHER]]
-                spans_together = sum(len(piece.labels_N) for piece in together)
+                spans_together = sum(piece.spans for piece in together)
                 for piece in together:
-                    (_loss(learning, piece) / spans_together).backward()
+                    given = [_noisy(learning, *read) for read in piece.read]
+                    loss_of = partial(_loss, piece.truths, len(classes), spans_together)
+                    learning.add_gradients(_means, given, loss_of)
                 step()
             passed()
-        learning.head.values = learning.head.values[:-1]
+        learning.head.values = learning.head.values[: len(classes)]
         return cls(learning.learned(), learning.head, classes)
 
     @torch.no_grad()
@@ -224,27 +253,28 @@ def _piece(
         tokens_T, places = tokens_at(trained, text, [(span.start, span.end) for span in spans])
         windows_NW2 = torch.tensor([windows_of(len(tokens_T), place) for place in places])
         read.append((torch.from_numpy(tokens_T.astype(np.int64))[None], windows_NW2))
-    values = [
-        torch.tensor([known.index(s.attributes[name]) if name in s.attributes else -1 for s in spans])
-        for name, known in classes.items()
+    place_of = lambda known, value: known.index(value) if value in known else -1  # noqa: E731
+    truths = [[place_of(known, span.attributes.get(name)) for span in spans] for name, known in classes.items()]
+    if labels:
+        truths.append([labels.index(span.label) for span in spans])
+    return _Piece(read, [*map(torch.tensor, truths)])
+
+
+def _noisy(learning: Learning, tokens_1T: Tensor, windows_NW2: Tensor) -> tuple[Tensor, Tensor]:
+    """Some of the tokens stand in another's place."""
+    others_1T = tokens_1T[:, torch.randperm(tokens_1T.shape[1], generator=learning.draws)]
+    noisy_1T = torch.where(torch.rand(tokens_1T.shape, generator=learning.draws) < NOISE, others_1T, tokens_1T)
+    return noisy_1T.to(learning.device), windows_NW2.to(learning.device)
+
+
+def _loss(truths: list[Tensor], attributes: int, spans: int, said: list[Tensor]) -> Tensor:
+    """Of a piece, of whose step so many spans are; what is said beyond the attributes counts as a label."""
+    losses = [
+        functional.cross_entropy(logits_NK, truth_N.to(logits_NK.device), ignore_index=-1, reduction="sum")
+        for truth_N, logits_NK in zip(truths, said, strict=True)
     ]
-    return _Piece(read, torch.tensor([labels.index(span.label) for span in spans]), values)
-
-
-def _loss(learning: Learning, piece: _Piece) -> Tensor:
-    """Of all spans of a piece, summed."""
-    draws, device, means = learning.draws, learning.device, []
-    for encoder, (tokens_1T, windows_NW2) in zip(learning.encoders, piece.read, strict=True):
-        others_1T = tokens_1T[:, torch.randperm(tokens_1T.shape[1], generator=draws)]
-        noisy_1T = torch.where(torch.rand(tokens_1T.shape, generator=draws) < NOISE, others_1T, tokens_1T)
-        means.append(_means(encoder, noisy_1T.to(device), windows_NW2.to(device)))  # type: ignore[arg-type]
-
-    *of_values, of_labels = learning.head(torch.cat(means, 1), learning.drop)
-    loss = functional.cross_entropy(of_labels, piece.labels_N.to(device), reduction="sum")
-    for values_N, logits_NK in zip(piece.values, of_values, strict=True):
-        one = functional.cross_entropy(logits_NK, values_N.to(device), ignore_index=-1, reduction="sum")
-        loss = loss + VALUES * one
-    return loss
+    counts = [VALUES] * attributes + [1.0] * (len(losses) - attributes)
+    return torch.stack(losses) @ torch.tensor(counts, device=losses[0].device) / spans
 
 
 def _means(encoder: Encoder, tokens_1T: Tensor, windows_NW2: Tensor) -> Tensor:
@@ -260,9 +290,17 @@ def _means(encoder: Encoder, tokens_1T: Tensor, windows_NW2: Tensor) -> Tensor:
 
 
 class Tuner:
-    """Tunes models on some of the annotated notes, and reads others with them."""
+    """Tunes models on some of the annotated notes, after one pass over others, and reads the rest with them."""
 
-    def __init__(self, models: Sequence[Trained], notes: Sequence[Note], config: TuneConfig, passed: Passed):
+    def __init__(
+        self,
+        models: Sequence[Trained],
+        notes: Sequence[Note],
+        config: TuneConfig,
+        others: Sequence[Note] = (),
+        passed: Passed = lambda: None,
+    ):
+        """`passed` is called after each pass over any notes."""
         self.models, self.config, self.passed = models, config, passed
         self.notes = [note for note in notes if note.spans]
         spans = [span for note in notes for span in note.spans]
@@ -270,10 +308,23 @@ class Tuner:
         for name in sorted({name for span in spans for name in span.attributes}):
             self.classes[name] = sorted({span.attributes[name] for span in spans if name in span.attributes})
         self.labels = sorted({span.label for span in spans})
+        tells = lambda span: any(span.attributes.get(name) in known for name, known in self.classes.items())  # noqa: E731
+        told = [note.model_copy(update={"spans": [*filter(tells, note.spans)]}) for note in others]
+        self.others = [note for note in told if note.spans]
+
+    @cached_property
+    def begun(self) -> Tuned | None:
+        """What all begin from: learned from the others, whose labels are not those of these notes."""
+        if not self.others:
+            return None
+        once = self.config.model_copy(update={"epochs": 1})
+        return Tuned.fit(self.models, self.others, self.classes, [], once, self.passed)
 
     def fit(self, documents: Iterable[str]) -> Tuned:
         """Learned from the notes of some documents (patients)."""
-        return Tuned.fit(self.models, self._of(documents), self.classes, self.labels, self.config, self.passed)
+        notes, begun = self._of(documents), self.begun
+        models, head = (begun.states.models, begun.head) if begun else (self.models, None)
+        return Tuned.fit(models, notes, self.classes, self.labels, self.config, self.passed, head)
 
     def read(self, tuned: Tuned, asked: Examples) -> Examples:
         """Mentions with what a tuned model says of them: all of their documents, in the order of the notes."""

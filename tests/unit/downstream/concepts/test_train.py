@@ -127,6 +127,22 @@ def test_the_verb_tunes_and_its_reader_is_read_again(
         reader.Reader.load(f"{folder}/reader")
 
 
+def test_models_learn_first_from_what_stands_beside_and_under_headings(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes, others = toy(24), toy(90)[60:]
+    for number, note in enumerate(notes):
+        note.spans[0].attributes = {"temporality": "historical" if number % 2 else "current"}
+    schema.write(f"{folder}/gold-1.jsonl", notes)
+    schema.write(f"{folder}/gold-2.jsonl", [])
+    others[0].spans[0].attributes = {"temporality": "current"}
+    schema.write(f"{folder}/others.jsonl", others)
+    (folder / "headed.csv").write_text("id,text\na,PAST MEDICAL HISTORY: zulu; fever; now zulu. ALLERGIES: none.\n")
+    more = (f"beside={folder}/others.jsonl", f"sections={folder}/headed.csv")
+    learned(folder, "run=run", "tune.epochs=1", *more)
+    assert "the models learn first from 4 mentions and clauses of other notes" in capsys.readouterr().out
+
+
 def test_it_needs_a_model_to_tune(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"tune\.epochs: needs run"):
         learned(folder, "tune.epochs=3")
@@ -401,11 +417,10 @@ def test_where_the_annotated_notes_say_enough_of_sections_the_others_count_littl
     smokes, rash = "He smokes a pack a day", "Penicillin gives him a rash"
     here = f"SOCIAL HISTORY: {smokes} {{0}}. ALLERGIES: {rash} {{0}}."
     there = f"ALLERGIES: {smokes} {{0}}. SOCIAL HISTORY: {rash} {{0}}."
-    rows = "\n".join(f'{i},"{there.format(i)}"' for i in range(300))
-    (folder / "headed.csv").write_text(f"id,text\n{rows}\n")
-    said = ["corpus=unread", f"sections={folder}/headed.csv", f"out={folder}/reader"]
-    recipe = config.load(train.ConceptsRecipe, ["recipes/concepts/train.toml", *said])
+    recipe = config.load(train.ConceptsRecipe, ["recipes/concepts/train.toml", "corpus=unread", f"out={folder}/reader"])
+    headed = [there.format(i) for i in range(300)]
     for count, label in ((110, "social_history"), (20, "allergies")):
-        tagger = train._tagger(recipe, [Note(doc_id=str(i), text=here.format(i)) for i in range(count)])
+        notes = [Note(doc_id=str(i), text=here.format(i)) for i in range(count)]
+        tagger = train._tagger(recipe, notes, headed, None)
         assert tagger
         assert tagger.predict([smokes])[0][0] == label

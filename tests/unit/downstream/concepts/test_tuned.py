@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from downstream.concepts.tuned import TuneConfig, Tuner
 SOON = {"epochs": 8, "lr": 0.01, "lr_head": 0.01}  # for the small random models of these tests
 
 
-def tuner(notes: list[Note], passed: Callable[[], None] = lambda: None, **changes: Any) -> Tuner:
-    return Tuner([model(), model(True)], notes, TuneConfig(**{**SOON, **changes}), passed)
+def tuner(
+    notes: list[Note], passed: Callable[[], None] = lambda: None, others: Sequence[Note] = (), **changes: Any
+) -> Tuner:
+    return Tuner([model(), model(True)], notes, TuneConfig(**{**SOON, **changes}), others, passed)
 
 
 def right(said: dict[str, dict[str, Any]] | Any, notes: list[Note]) -> float:
@@ -64,6 +66,28 @@ def test_each_attribute_is_learned_from_the_spans_that_have_it() -> None:
     said = tuner(notes).fit([note.patient_id or "" for note in notes]).of(notes)
     assert (said["certainty"]["certain"] == 0).all()  # the one value there is
     assert (said["negation"]["negated"][1::2] > said["negation"]["affirmed"][1::2]).all()
+
+
+def test_all_begin_from_what_other_notes_say() -> None:
+    notes, others = toy(8), toy(480)[80:]
+    for note in others[:200]:
+        note.spans[0].label = "a label of theirs"
+        note.spans[0].attributes["severity"] = "unknown here"
+    others[-1].spans[0].attributes = {"negation": "a value of theirs"}
+    documents, passes = [note.patient_id or "" for note in notes], list[int]()
+    still = {"epochs": 1, "lr": 1e-9, "lr_head": 1e-9}
+    alone = tuner(notes, **still)
+    assert alone.begun is None
+    assert right(alone.fit(documents).of(notes), notes) < 0.75
+    learner = tuner(notes, lambda: passes.append(1), others)
+    assert learner.begun
+    learner.config = TuneConfig(**still)
+    fitted = [learner.fit(documents), learner.fit(documents[:4])]
+    assert len(passes) == 3  # the others once
+    for one in (learner.begun, *fitted):
+        assert right(one.of(notes), notes) > 0.9
+        assert one.classes == {"negation": ("affirmed", "negated")}
+    assert sum(len(note.spans) for note in learner.others) == 399
 
 
 def test_a_long_note_is_learned_from_in_pieces() -> None:
