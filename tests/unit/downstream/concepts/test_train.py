@@ -114,7 +114,8 @@ def test_the_verb_tunes_and_its_reader_is_read_again(
     assert told["negation"]["negated"] > told["negation"]["affirmed"]
     weights = [one.state_dict() for trained in again.tuned.states.models for one in (trained.model,)]
     others = [trained.model.state_dict() for trained in (model(), model(True))]
-    assert any((a[name] != b[name]).any() for a, b in zip(weights, others, strict=True) for name in a)
+    for a, b in zip(weights, others, strict=True):  # both
+        assert any((a[name] != b[name]).any() for name in a)
     annotate.main([f"{folder}/reader", f"{folder}/new.csv", f"concepts={folder}/fever.csv", f"out={folder}/new.jsonl"])
     found = list(schema.read(f"{folder}/new.jsonl"))
     assert [note.spans[0].attributes["negation"] for note in found] == ["negated", "affirmed"]
