@@ -51,6 +51,7 @@ from downstream.concepts.attributes import Attribute, Attributes  # noqa: E402
 from downstream.concepts.cues import DEFAULTS  # noqa: E402
 from downstream.concepts.evaluate import Fold, folded, out_of_fold, scored  # noqa: E402
 from downstream.concepts.features import Examples  # noqa: E402
+from downstream.concepts.learning import TuneConfig  # noqa: E402
 from downstream.concepts.mentions import Concept, Finder  # noqa: E402
 from downstream.concepts.passages import TunedPassages  # noqa: E402
 from downstream.concepts.reader import Reader  # noqa: E402
@@ -58,7 +59,7 @@ from downstream.concepts.schema import Note  # noqa: E402
 from downstream.concepts.states import States  # noqa: E402
 from downstream.concepts.tagger import SectionTagger, _normal  # noqa: E402
 from downstream.concepts.train import OTHERS  # noqa: E402
-from downstream.concepts.tuned import TuneConfig, Tuned, Tuner  # noqa: E402
+from downstream.concepts.tuned import Tuned, Tuner  # noqa: E402
 from downstream.concepts.words import Text  # noqa: E402
 from downstream.work import open_models  # noqa: E402
 

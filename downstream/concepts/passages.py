@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cluster.config import fingerprint
 from downstream.classifier import Encoder
-from downstream.concepts.tuned import NOISE, Learning, OnTop, Passed, TuneConfig
+from downstream.concepts.learning import Learning, OnTop, Passed, TuneConfig, batches, noisy
 from downstream.metrics import Floats
 from pretrain.run import Trained
 
@@ -53,8 +53,8 @@ class TunedPassages(OnTop):
             lengths_N = torch.tensor([len(one) for one in tokens[0]])
             step = learning.steps(epochs * -(-len(passages) // LANES))
             for _ in range(epochs):
-                for rows in _batches(lengths_N, learning.draws):
-                    given = [(_noisy([of[row] for row in rows], learning.draws),) for of in tokens]
+                for rows in batches(lengths_N, LANES, learning.draws):
+                    given = [([noisy(of[row], learning.draws) for row in rows],) for of in tokens]
                     learning.add_gradients(_pooled, given, partial(_loss, truth_N[rows].to(learning.device)))
                     step()
                 passed()
@@ -83,22 +83,6 @@ def _tokens(trained: Trained, texts: Sequence[str]) -> list[Tensor]:
     found = [ids[:LONGEST] for ids in trained.tokenizer.encode([trained.clean_text(text) for text in texts])]
     turned = [ids[::-1] if trained.backward else ids for ids in found]
     return [torch.from_numpy(ids.astype(np.int64)) if len(ids) else torch.zeros(1, dtype=torch.long) for ids in turned]
-
-
-def _batches(lengths_N: Tensor, draws: torch.Generator) -> list[list[int]]:
-    """Of about one length, in an order that is drawn."""
-    about_N = lengths_N.log() + 0.5 * torch.rand(len(lengths_N), generator=draws)
-    batches = about_N.argsort().split(LANES)
-    return [batches[place].tolist() for place in torch.randperm(len(batches), generator=draws).tolist()]
-
-
-def _noisy(tokens: list[Tensor], draws: torch.Generator) -> list[Tensor]:
-    """Of each a tenth is that of another place of it."""
-    found = []
-    for tokens_T in tokens:
-        others_T = tokens_T[torch.randperm(len(tokens_T), generator=draws)]
-        found.append(torch.where(torch.rand(len(tokens_T), generator=draws) < NOISE, others_T, tokens_T))
-    return found
 
 
 def _loss(truth_B: Tensor, said: list[Tensor]) -> Tensor:

@@ -28,12 +28,13 @@ from downstream.concepts.attributes import Attributes
 from downstream.concepts.evaluate import asked_about, folded, tested
 from downstream.concepts.features import Examples
 from downstream.concepts.formats import Format
+from downstream.concepts.learning import TuneConfig
 from downstream.concepts.passages import TunedPassages
 from downstream.concepts.reader import FILE, Reader
 from downstream.concepts.schema import Note
 from downstream.concepts.states import States
 from downstream.concepts.tagger import SectionTagger
-from downstream.concepts.tuned import PARTS, TuneConfig, Tuner
+from downstream.concepts.tuned import PARTS, Tuner
 from downstream.leakage import alike
 from downstream.metrics import Floats
 from downstream.tasks.table import rows

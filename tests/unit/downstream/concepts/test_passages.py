@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from annotated import model
 
+from downstream.concepts.learning import TuneConfig
 from downstream.concepts.passages import LANES, LONGEST, TunedPassages, _tokens
 from downstream.concepts.tagger import SectionTagger
-from downstream.concepts.tuned import TuneConfig
 
 SOON = TuneConfig(epochs=8, lr=0.01, lr_head=0.01)  # for the small random models of these tests
 

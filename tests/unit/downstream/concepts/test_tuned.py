@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from annotated import model, toy
 
-from downstream.concepts import tuned
+from downstream.concepts import learning, tuned
 from downstream.concepts.attributes import Attribute, Attributes
 from downstream.concepts.features import Examples
+from downstream.concepts.learning import TuneConfig
 from downstream.concepts.schema import Note, Span
-from downstream.concepts.tuned import TuneConfig, Tuner
+from downstream.concepts.states import States
+from downstream.concepts.tuned import Tuner
 
 SOON = {"epochs": 8, "lr": 0.01, "lr_head": 0.01}  # for the small random models of these tests
 
@@ -44,8 +46,8 @@ def test_learned_on_some_documents_it_reads_others() -> None:
 
 def test_nobody_reads_what_he_has_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values drawn by lot, and another word in each note: who has seen a note can say its value, others cannot."""
-    monkeypatch.setattr(tuned, "DROP", 0.0)
-    monkeypatch.setattr(tuned, "NOISE", 0.0)
+    monkeypatch.setattr(learning, "DROP", 0.0)
+    monkeypatch.setattr(learning, "NOISE", 0.0)
     notes = toy(40)
     for i, value in enumerate(np.random.default_rng(0).permutation(["negated", "affirmed"] * 20)):
         text = f"w{i} w{i} fever"
@@ -88,6 +90,20 @@ def test_all_begin_from_what_other_notes_say() -> None:
         assert right(one.of(notes), notes) > 0.9
         assert one.classes == {"negation": ("affirmed", "negated")}
     assert sum(len(note.spans) for note in learner.others) == 399
+
+
+def test_pieces_side_by_side_are_read_as_notes_are() -> None:
+    notes = toy(6, filler=150)
+    for note, words in zip(notes, (10, 150, 300, 700, 20, 2), strict=True):
+        note.text = " ".join(f"w{i % 37}" for i in range(words)) + " " + note.text
+        note.spans[0] = note.spans[0].model_copy(update={"start": len(note.text) - 8, "end": len(note.text) - 3})
+    models = [model(), model(True)]
+    alone = [States([one])(note.text, [(note.spans[0].start, note.spans[0].end)]) for one in models for note in notes]
+    pieces = [tuned._piece(models, note.text, note.spans, {}, [""]) for note in notes]
+    for number, trained in enumerate(models):
+        tokens, windows = zip(*(piece.read[number] for piece in pieces), strict=True)
+        together_NP = tuned._means(trained.model, tokens, windows).detach()  # type: ignore[arg-type]
+        np.testing.assert_allclose(together_NP, np.concatenate(alone[6 * number :][:6]), atol=1e-4)
 
 
 def test_a_long_note_is_learned_from_in_pieces() -> None:
