@@ -17,7 +17,7 @@ from downstream.concepts.cues import DEFAULTS, OF_SECTION
 from downstream.concepts.schema import Note, Span
 from downstream.leakage import alike
 
-# Of what stands under these it is told when it was, or of whom it is; of the second line, that it is as usual.
+# What stands under these was long ago or is of somebody else; under those of the second line it is as usual.
 SAID = {**OF_SECTION, "social_history": ("temporality", "historical")}
 USUAL = frozenset("chief_complaint history_of_present_illness assessment hospital_course".split())
 AXES = ("temporality", "experiencer")
@@ -33,7 +33,7 @@ def annotated(texts: Iterable[str], tested: Sequence[str] = ()) -> list[Note]:
     """
     found: dict[str, Note] = {}
     count = 0
-    for text in sorted(dict.fromkeys(texts), key=lambda text: zlib.crc32(text.encode())):
+    for text in sorted(dict.fromkeys(texts), key=lambda text: (zlib.crc32(text.encode()), text)):
         if count >= MOST:
             break
         note = _note(f"clauses-{len(found)}", text)
