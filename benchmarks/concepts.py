@@ -7,10 +7,10 @@ two language models, one of which reads backwards), `plain` the same without the
 `words` TF-IDF of the words beside the mention with logistic regression. The models are trained in `work`, an hour on
 two cores, on open text in which nothing is that is tested here; interrupted, the same command goes on. There they also
 learn from passages of known sections (`[tune] epochs=5`). For MACCROBAT the reader (and `plain`) also learns from
-NegEx and from what MTSamples' headings say of conditions, as `finetune beside=` does, and models learn from these, from
-what those headings say of clauses (`sections=`), and then from the reports of the other folds; `untuned` is without
-such models. `rivals` is the Python of an environment as concepts_rivals.py describes. F1 with 95% intervals over
-documents.
+NegEx and from what MTSamples' headings say of conditions, as `finetune beside=` does; for its history models learn from
+these, from what those headings say of clauses (`sections=`), and then from the reports of the other folds, half an hour
+more (`untuned` is without such models). `rivals` is the Python of an environment as concepts_rivals.py describes. F1
+with 95% intervals over documents.
 """
 
 from __future__ import annotations
