@@ -120,9 +120,16 @@ class Said(NamedTuple):
 
 
 class Kept(Tuner):
-    """Tuned models that are kept in a folder."""
+    """Tuned models that are kept in a folder, by all that they are learned from."""
 
     folder: Path
+
+    @cached_property
+    def about(self) -> str:
+        """What all of them are learned from."""
+        models = [trained.checkpoint_sha256 for trained in self.models]
+        notes = [note.record() for note in (*self.notes, *self.others)]
+        return fingerprint([models, self.config.model_dump(), notes])
 
     def fit(self, documents: Iterable[str]) -> Tuned:
         """The same; read, where they were learned before."""
@@ -134,7 +141,7 @@ class Kept(Tuner):
         return self._kept("begun", lambda: super(Kept, self).begun)
 
     def _kept(self, name: str, learn: Callable[[], Any]) -> Any:
-        kept, begun = self.folder / f"tuned-{name[:16]}.npz", time.monotonic()
+        kept, begun = self.folder / f"tuned-{self.about[:8]}-{name[:16]}.npz", time.monotonic()
         if not kept.exists():
             unfinished = kept.with_suffix(".tmp.npz")
             np.savez(unfinished, allow_pickle=False, **learn().arrays())
@@ -310,12 +317,13 @@ def of_sections(data: Path, states: States | None, work: Path) -> tuple[dict[str
 
 def tune_passages(states: States, more: list[tuple[str, str]], own: list[tuple[str, str]], work: Path) -> TunedPassages:
     """Models that learned from these passages, in `work`."""
-    kept = work / "passages.npz"
+    about = fingerprint([[trained.checkpoint_sha256 for trained in states.models], TUNE.model_dump(), more, own])
+    kept = work / f"passages-{about[:8]}.npz"
     if not kept.exists():
         passes, begun = itertools.count(1), time.monotonic()
         say = lambda: print(f"passages: pass {next(passes)}, {time.monotonic() - begun:.0f} s", flush=True)  # noqa: E731
         tuned = TunedPassages.fit(states.models, more, own, TUNE, say)
-        unfinished = work / "passages.tmp.npz"
+        unfinished = kept.with_suffix(".tmp.npz")
         np.savez(unfinished, allow_pickle=False, **tuned.arrays())
         unfinished.replace(kept)
     with np.load(kept) as arrays:
